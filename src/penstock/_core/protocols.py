@@ -1,0 +1,65 @@
+"""What the rooms agree on without importing one another."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+
+@runtime_checkable
+class GradientExchange(Protocol):
+    """Who communicates gradients over the data-parallel replicas, and when.
+
+    One step goes: :meth:`begin_step`; backward passes; :meth:`arm` just before the last backward of some parameters,
+    whose buckets may then start as soon as they are full; :meth:`ready` for parameters whose gradient became final without
+    a backward hook (tied weights, summed by the engine; weight gradients computed late); :meth:`finish`, after which
+    every ``parameter.grad`` is final. A reduction must start in a fixed order, the same on every rank.
+
+    The gradient that results is ``sum over replicas of weight * (sum over local micro-batches)``.
+
+    Attributes:
+        averages_gradients: True when :meth:`finish` leaves the gradient of the global batch in ``.grad``. False when
+            the optimizer owns the exchange and ``.grad`` stays local, scaled so that its *mean* over replicas is the
+            gradient of the global batch.
+    """
+
+    averages_gradients: bool
+
+    def begin_step(self, weight: Callable[[], float]) -> None:
+        """Forget the last step; ``weight()`` is asked for when the first bucket starts."""
+
+    def arm(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The next gradient accumulated into each of these parameters is its last in this step."""
+
+    def ready(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The gradients of these parameters are final now."""
+
+    def finish(self) -> None:
+        """Start what has not started (an unused parameter counts as zeros), wait for all, fill in ``.grad``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep: error memories (tensors, by name) and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore, copying into existing storage (alignment is part of bitwise equality)."""
+
+
+@runtime_checkable
+class OwnsExchange(Protocol):
+    """An optimizer that communicates over the replicas itself, inside ``step()`` (the 1-bit family)."""
+
+    owns_exchange: bool
+
+
+@runtime_checkable
+class BatchEngine(Protocol):
+    """Anything that a loop can drive: Penstock's engine, or a user's own."""
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Any:
+        """One optimizer step; returns the mean loss, the same on every rank."""
+
+    def eval_batch(self, data_iter: Iterator[Any]) -> Any:
+        """Mean loss of one global batch, in eval mode, without gradients."""
+
+    def predict_batch(self, data_iter: Iterator[Any]) -> Any:
+        """Outputs of one global batch, in eval mode, without gradients."""

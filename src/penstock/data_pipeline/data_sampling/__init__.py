@@ -1,0 +1,1 @@
+"""Penstock: data_pipeline/data_sampling."""
