@@ -11,9 +11,9 @@ class GradientExchange(Protocol):
     """Who communicates gradients over the data-parallel replicas, and when.
 
     One step goes: :meth:`begin_step`; backward passes; :meth:`arm` just before the last backward of some parameters,
-    whose buckets may then start as soon as they are full; :meth:`ready` for parameters whose gradient became final without
-    a backward hook (tied weights, summed by the engine; weight gradients computed late); :meth:`finish`, after which
-    every ``parameter.grad`` is final. A reduction must start in a fixed order, the same on every rank.
+    whose buckets may then start as soon as they are full; :meth:`ready` for parameters whose gradient became final
+    without a backward hook (tied weights, summed by the engine; weight gradients computed late); :meth:`finish`, after
+    which every ``parameter.grad`` is final. A reduction must start in a fixed order, the same on every rank.
 
     The gradient that results is ``sum over replicas of weight * (sum over local micro-batches)``.
 
