@@ -1,0 +1,247 @@
+"""A run's configuration: YAML or JSON, with overrides, checked as a whole before anything is built.
+
+Example::
+
+    model: {name: gpt, num_layers: 4, hidden_size: 192, num_heads: 6, context: 256}
+    pipe: {stages: 2, schedule: 1f1b}
+    data_parallel: {replicas: 2}
+    train: {global_batch_size: 32, micro_batch_size: 4, steps: 500}
+    optimizer: {name: onebit_adam, lr: 1.0e-3, freeze_step: 100}
+    data: {train: corpus/train, heldout: corpus/heldout}
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from penstock.data_pipeline.configuration import apply_overrides, read_mapping, validate_config
+from penstock.runtime.config_sections import (
+    CompressionSection,
+    DataParallelSection,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    PipeSection,
+    ScheduleSection,
+    Section,
+    TrainSection,
+    check_precision,
+)
+from penstock.runtime.random_ltd_section import RandomLTDSection
+
+_SAMPLER_KEYS_OF_THE_RUN: Final = {
+    "batch_size": "train.global_batch_size",
+    "rank": "the process's place in the run",
+    "num_replicas": "data_parallel.replicas",
+}
+
+
+class TrainConfig(Section):
+    """Everything a run is made of; see the sections for their keys.
+
+    Attributes:
+        seed: Decides every random choice of the run.
+        output: Directory of the run: checkpoints, ``metrics.jsonl``, summary. None writes nothing.
+        deadline_s: How long any wait for another process may last, in seconds.
+        precision: ``float32`` or ``float64``.
+        model: The reference model; None when a model object is given.
+        pipe: Stages and schedule.
+        data_parallel: Replicas.
+        train: Batch sizes and length.
+        data: Paths and sequence length.
+        sampling: Handed to :class:`penstock.data_pipeline.data_sampling.DataSampler`: strategy, curriculum, transforms.
+        random_ltd: Token dropping; None drops nothing.
+        compression: Gradients on the wire.
+        optimizer: The optimizer.
+        schedule: The learning rate.
+    """
+
+    seed: int = 1234
+    output: str | None = None
+    deadline_s: float = Field(default=300.0, gt=0)
+    precision: str = "float32"
+    model: ModelSection | None = None
+    pipe: PipeSection = Field(default_factory=PipeSection)
+    data_parallel: DataParallelSection = Field(default_factory=DataParallelSection)
+    train: TrainSection
+    data: DataSection = Field(default_factory=DataSection)
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    random_ltd: RandomLTDSection | None = None
+    compression: CompressionSection = Field(default_factory=CompressionSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+
+    _precision = field_validator("precision")(check_precision)
+
+    @field_validator("sampling")
+    @classmethod
+    def _check_sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, owner in _SAMPLER_KEYS_OF_THE_RUN.items():
+            if key in value:
+                raise ValueError(f"{key} is set by the run from {owner}; remove it here")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        self._check_batches()
+        self._check_lengths()
+        self._check_exchange()
+        self._check_dropping()
+        return self
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens per training sample, or None when neither the data nor the model section says."""
+        if self.data.sequence_length is not None:
+            return self.data.sequence_length
+        return None if self.model is None else self.model.context
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Tokens of one global batch of full sequences, or None when the sequence length is unknown."""
+        length = self.sequence_length
+        return None if length is None else length * self.train.global_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.total_tokens is not None  # exactly one is given
+        assert self.tokens_per_step is not None  # checked at loading
+        return self.train.total_tokens // self.tokens_per_step
+
+    @property
+    def random_ltd_enabled(self) -> bool:
+        """Whether layers drop tokens in this run."""
+        return self.random_ltd is not None and self.random_ltd.enabled
+
+    def micro_batches(self, replicas: int) -> int:
+        """Micro-batches per step in each of ``replicas`` replicas.
+
+        Raises:
+            ValueError: The global batch cannot be divided so.
+        """
+        size, micro = self.train.global_batch_size, self.train.micro_batch_size
+        if size % (micro * replicas):
+            unit = micro * replicas
+            below, above = size // unit * unit, -(-size // unit) * unit
+            choices = f"{below} or {above}" if below else str(above)
+            raise ValueError(
+                f"train.global_batch_size={size} is not divisible by micro_batch_size * replicas = "
+                f"{micro} * {replicas} = {unit}; take a global batch of {choices}"
+            )
+        return size // (micro * replicas)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a JSON value; ``TrainConfig.model_validate`` of it gives an equal one."""
+        return self.model_dump(mode="json")
+
+    def _check_batches(self) -> None:
+        if self.data_parallel.replicas is not None:
+            self.micro_batches(self.data_parallel.replicas)
+
+    def _check_lengths(self) -> None:
+        length = self.sequence_length
+        context = None if self.model is None else self.model.context
+        if context is not None and length is not None and length > context:
+            raise ValueError(
+                f"data.sequence_length={length} is longer than model.context={context}; "
+                f"lower the former or raise the latter to {length}"
+            )
+        if self.train.total_tokens is not None:
+            if self.tokens_per_step is None:
+                raise ValueError(
+                    "train.total_tokens needs a sequence length to be turned into steps; "
+                    "set data.sequence_length or model.context, or give train.steps"
+                )
+            if self.train.total_tokens < self.tokens_per_step:
+                raise ValueError(
+                    f"train.total_tokens={self.train.total_tokens} is less than one step reads: "
+                    f"{self.train.global_batch_size} samples of {length} tokens = {self.tokens_per_step}"
+                )
+
+    def _check_exchange(self) -> None:
+        optimizer, compression = self.optimizer, self.compression
+        if optimizer.owns_exchange and compression.algorithm != "none":
+            raise ValueError(
+                f"compression.algorithm={compression.algorithm} and optimizer.name={optimizer.name} would both "
+                f"exchange gradients; keep one: compression.algorithm: none with {optimizer.name}, "
+                "or optimizer.name: adamw"
+            )
+        for name, value in (
+            ("optimizer.freeze_step", optimizer.freeze_step),
+            ("compression.warmup_steps", compression.warmup_steps),
+        ):
+            if value is not None and value > self.total_steps:
+                raise ValueError(
+                    f"{name}={value} is more than the run's {self.total_steps} steps, so nothing would be compressed; "
+                    f"lower it (for example to {max(1, self.total_steps // 5)}) or train longer"
+                )
+
+    def _check_dropping(self) -> None:
+        section, length = self.random_ltd, self.sequence_length
+        if section is None or not section.enabled:
+            return
+        for name, value in (("min_tokens", section.min_tokens), ("max_tokens", section.max_tokens)):
+            if value is not None and length is not None and value > length:
+                raise ValueError(
+                    f"random_ltd.{name}={value} is more than the sequence length {length} "
+                    "(data.sequence_length or model.context); lower it"
+                )
+        if self.model is not None:
+            section.layer_ids(self.model.num_layers)
+
+
+def check_world(config: TrainConfig, world_size: int) -> int:
+    """Check that the processes fit the layout, before any process group is made.
+
+    Args:
+        config: The run's configuration.
+        world_size: Number of processes.
+
+    Returns:
+        The number of data-parallel replicas.
+
+    Raises:
+        ValueError: ``stages * replicas`` is not ``world_size``, or the replicas cannot share the global batch evenly.
+    """
+    stages = config.pipe.stages
+    replicas = config.data_parallel.replicas
+    if replicas is None:
+        if world_size % stages:
+            raise ValueError(
+                f"{world_size} processes cannot form whole pipelines of pipe.stages={stages}; "
+                f"start a multiple of {stages} processes or change pipe.stages"
+            )
+        replicas = world_size // stages
+    elif stages * replicas != world_size:
+        raise ValueError(
+            f"pipe.stages={stages} * data_parallel.replicas={replicas} = {stages * replicas} processes, "
+            f"but {world_size} were started; start {stages * replicas} or change one of the two"
+        )
+    config.micro_batches(replicas)
+    return replicas
+
+
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any] | TrainConfig | None, overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """Read, override and check a configuration.
+
+    Args:
+        source: A YAML or JSON file, a mapping, a configuration, or None to start from the overrides alone.
+        overrides: ``"section.key=value"`` strings, applied in order; values are read as YAML.
+
+    Raises:
+        ValueError: The file cannot be read, a key is unknown (the nearest is named), or values are wrong or conflict.
+    """
+    if isinstance(source, TrainConfig):
+        data, name = source.model_dump(exclude_unset=True), "configuration"
+    elif source is None or isinstance(source, Mapping):
+        data, name = dict(source or {}), "configuration"
+    else:
+        data, name = read_mapping(source), str(source)
+    return validate_config(TrainConfig, apply_overrides(data, overrides), name)

@@ -1,0 +1,282 @@
+"""The sections of a run's configuration, each checked alone; :mod:`penstock.runtime.config` checks them together."""
+
+from collections.abc import Callable
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from penstock._core.suggest import unknown_name
+
+SCHEDULES: Final = ("1f1b", "gpipe")
+"""Pipeline schedules that train."""
+ALGORITHMS: Final = ("bf16", "fp16", "none", "onebit")
+"""Algorithms that come with Penstock for the gradients on the wire."""
+OPTIMIZERS: Final = ("adamw", "onebit_adam")
+OWNS_EXCHANGE: Final = frozenset({"onebit_adam"})
+"""Optimizers that communicate over the replicas themselves, so that no averaged gradient exists."""
+DECAYS: Final = ("constant", "cosine", "linear")
+MODELS: Final = ("gpt",)
+PRECISIONS: Final = ("float32", "float64")
+_LATER_PRECISIONS: Final = ("bf16", "bfloat16", "fp16", "float16", "half")
+
+
+def _one_of(kind: str, known: tuple[str, ...]) -> Callable[[str], str]:
+    """A check that ``value`` is one of the known names."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(unknown_name(kind, value, known))
+        return value
+
+    return check
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The reference model to build, when no model object is given; see :class:`penstock.models.gpt.GPTConfig`.
+
+    Attributes:
+        name: ``gpt``.
+        vocab_size: Size of the vocabulary; None takes the tokenizer's.
+        num_layers: Transformer blocks, without embedding and head.
+        hidden_size: Width of the residual stream.
+        num_heads: Attention heads; must divide ``hidden_size``.
+        context: Longest sequence in tokens; None takes ``data.sequence_length``.
+        mlp_ratio: Width of the MLP over ``hidden_size``.
+        positions: ``rope`` or ``learned``.
+        dropout: Probability of dropping a unit, in ``[0, 1)``.
+        tie_embeddings: Whether head and token embedding share one weight.
+    """
+
+    name: str = "gpt"
+    vocab_size: int | None = Field(default=None, ge=1)
+    num_layers: int = Field(default=4, ge=1)
+    hidden_size: int = Field(default=192, ge=1)
+    num_heads: int = Field(default=6, ge=1)
+    context: int | None = Field(default=None, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    positions: Literal["rope", "learned"] = "rope"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    tie_embeddings: bool = True
+
+    _known_name = field_validator("name")(_one_of("model", MODELS))
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; "
+                f"take a multiple of {self.num_heads}, such as "
+                f"{self.num_heads * max(1, round(self.hidden_size / self.num_heads))}"
+            )
+        return self
+
+
+class PipeSection(Section):
+    """How the model is cut into stages.
+
+    Attributes:
+        stages: Number of pipeline stages; 1 is no pipeline.
+        schedule: ``1f1b`` or ``gpipe``.
+        partition_method: ``parameters``, ``uniform``, ``type:REGEX``, or explicit bounds
+            (``stages + 1`` layer numbers).
+        activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
+    """
+
+    stages: int = Field(default=1, ge=1)
+    schedule: str = "1f1b"
+    partition_method: str | tuple[int, ...] = "parameters"
+    activation_checkpoint_interval: int = Field(default=0, ge=0)
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, value: str) -> str:
+        if value == "forward_only":
+            raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or 'gpipe'")
+        return _one_of("schedule", SCHEDULES)(value)
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if not isinstance(self.partition_method, str) and len(self.partition_method) != self.stages + 1:
+            raise ValueError(
+                f"partition_method lists {len(self.partition_method)} bounds, but {self.stages} stages have "
+                f"{self.stages + 1}: the first layer of each stage, then the number of layers"
+            )
+        return self
+
+
+class DataParallelSection(Section):
+    """Replicas of the pipeline.
+
+    Attributes:
+        replicas: How many; None takes the number of processes divided by ``pipe.stages``.
+    """
+
+    replicas: int | None = Field(default=None, ge=1)
+
+
+class TrainSection(Section):
+    """How much to train, and when to look at it. Exactly one of ``steps`` and ``total_tokens`` is given.
+
+    Attributes:
+        global_batch_size: Samples per optimizer step, over all replicas.
+        micro_batch_size: Samples per forward pass.
+        steps: Optimizer steps.
+        total_tokens: Tokens to read; the run stops after the last whole step within them.
+        eval_every: Steps between evaluations; 0 evaluates at the end only.
+        eval_batches: Global batches per evaluation.
+        log_every: Steps between lines of the display where there is no terminal.
+        checkpoint_every: Steps between checkpoints; 0 writes one at the end only.
+        keep_checkpoints: Newest complete checkpoints that are kept.
+    """
+
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    total_tokens: int | None = Field(default=None, ge=1)
+    eval_every: int = Field(default=0, ge=0)
+    eval_batches: int = Field(default=8, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=0, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _check_length_and_batch(self) -> Self:
+        if (self.steps is None) == (self.total_tokens is None):
+            given = "neither" if self.steps is None else f"steps={self.steps} and total_tokens={self.total_tokens}"
+            raise ValueError(f"give exactly one of steps and total_tokens to say when training ends; got {given}")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not divisible by "
+                f"micro_batch_size={self.micro_batch_size}; make it a multiple of "
+                "micro_batch_size * replicas"
+            )
+        return self
+
+
+class DataSection(Section):
+    """Where the tokens lie.
+
+    Attributes:
+        train: Path of the training data: a ``.bin/.idx`` prefix, Parquet or JSONL. None when an object is given.
+        heldout: Path of the held-out data; None evaluates on nothing.
+        sequence_length: Tokens per training sample; None takes ``model.context``.
+    """
+
+    train: str | None = None
+    heldout: str | None = None
+    sequence_length: int | None = Field(default=None, ge=1)
+
+
+class CompressionSection(Section):
+    """Gradients on the wire between replicas, when the reducer exchanges them.
+
+    Attributes:
+        algorithm: ``none``, ``fp16``, ``bf16``, ``onebit``, or a name that you registered.
+        error_feedback: Whether what compression loses is added to the next gradient.
+        warmup_steps: Steps exchanged uncompressed first.
+        bucket_mb: Size of a bucket in MiB of gradients.
+        options: Passed to the algorithm's configuration, for example ``{block_size: 4096}``.
+    """
+
+    algorithm: str = "none"
+    error_feedback: bool = True
+    warmup_steps: int = Field(default=0, ge=0)
+    bucket_mb: float = Field(default=25.0, gt=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    _known_algorithm = field_validator("algorithm")(_one_of("algorithm", ALGORITHMS))
+
+
+class OptimizerSection(Section):
+    """The optimizer, when no optimizer object is given.
+
+    Attributes:
+        name: ``adamw``, or ``onebit_adam`` (Tang et al., "1-bit Adam", ICML 2021), which exchanges its compressed
+            momentum itself after warm-up.
+        lr: Peak learning rate.
+        betas: Decay rates of the two moments, each in ``[0, 1)``.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        freeze_step: Steps of warm-up after which ``onebit_adam`` freezes the second moment.
+        gradient_clipping: Largest global norm of the gradient; None does not clip.
+    """
+
+    name: str = "adamw"
+    lr: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    freeze_step: int | None = Field(default=None, ge=1)
+    gradient_clipping: float | None = Field(default=None, gt=0)
+
+    _known_name = field_validator("name")(_one_of("optimizer", OPTIMIZERS))
+
+    @property
+    def owns_exchange(self) -> bool:
+        """Whether the optimizer communicates over the replicas itself."""
+        return self.name in OWNS_EXCHANGE
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas={list(self.betas)}: each must lie in [0, 1)")
+        if self.owns_exchange and self.freeze_step is None:
+            raise ValueError(
+                f"{self.name} needs freeze_step, the number of uncompressed warm-up steps before the second moment "
+                "freezes; 15 to 25 % of the run is usual"
+            )
+        if not self.owns_exchange and self.freeze_step is not None:
+            raise ValueError(
+                f"freeze_step={self.freeze_step} has no meaning for {self.name}; remove it, or take name: onebit_adam"
+            )
+        if self.owns_exchange and self.gradient_clipping is not None:
+            raise ValueError(
+                f"gradient_clipping={self.gradient_clipping:g} needs the averaged gradient, and {self.name} exchanges "
+                "momentum, so none exists; remove gradient_clipping, or take name: adamw with compression.algorithm"
+            )
+        return self
+
+
+class ScheduleSection(Section):
+    """The learning rate over the run, keyed by tokens consumed; see :class:`penstock.runtime.lr_schedule.LRSchedule`.
+
+    Attributes:
+        warmup_tokens: Tokens of linear warm-up.
+        warmup_steps: The same, in steps. At most one of the two is given; without both there is no warm-up.
+        decay: ``cosine``, ``linear`` or ``constant`` after warm-up.
+        min_ratio: Final learning rate over the peak, in ``[0, 1]``.
+        total_tokens: Tokens at which the decay ends; None takes the length of the run.
+    """
+
+    warmup_tokens: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    decay: str = "cosine"
+    min_ratio: float = Field(default=0.1, ge=0, le=1)
+    total_tokens: int | None = Field(default=None, ge=1)
+
+    _known_decay = field_validator("decay")(_one_of("decay", DECAYS))
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_tokens is not None and self.warmup_steps is not None:
+            raise ValueError(
+                f"give at most one of warmup_tokens={self.warmup_tokens} and warmup_steps={self.warmup_steps}"
+            )
+        return self
+
+
+def check_precision(value: str) -> str:
+    """Refuse a precision that the engine does not train in."""
+    if value in _LATER_PRECISIONS:
+        raise ValueError(
+            f"precision {value!r}: this version trains in float32 or float64 only; take float32 "
+            "(the gradients on the wire may still be 16-bit: compression.algorithm: bf16)"
+        )
+    return _one_of("precision", PRECISIONS)(value)
