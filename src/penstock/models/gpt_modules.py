@@ -1,0 +1,217 @@
+"""The layers of the reference GPT: small, pre-norm, without biases.
+
+What travels between them is a dict ``{"hidden": x_BSD, "position_ids": p_BS}``. The positions travel with the tokens
+because a layer may be given only some of the tokens (random-LTD): rotary angles and the causal order then stay those
+of the full sequence. Other entries of the dict pass through untouched.
+
+Shapes: B rows, S tokens, D hidden units, H heads, E units per head, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from penstock.models.gpt_config import GPTConfig
+from penstock.models.rotary import rotary_angles, rotate
+
+GPTValue = dict[str, Any]
+
+
+class TokenEmbedding(nn.Module):
+    """Token ids to vectors; the first layer, and with tied embeddings the owner of the output layer's weight.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.context_length = config.context_length
+        # Learned positions are added by the next layer, which then applies the dropout.
+        self.dropout = config.dropout if config.positions == "rope" else 0.0
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.init_std)
+
+    def forward(self, input_ids_BS: Tensor) -> GPTValue:
+        """Look the tokens up.
+
+        Args:
+            input_ids_BS: int64 token ids ``[B, S]`` with S at most ``context_length``.
+
+        Returns:
+            ``{"hidden": x_BSD, "position_ids": p_BS int64}``.
+        """
+        if input_ids_BS.dim() != 2 or input_ids_BS.is_floating_point():
+            raise ValueError(
+                f"the model takes integer token ids of shape [batch, tokens], "
+                f"got {input_ids_BS.dtype} of shape {tuple(input_ids_BS.shape)}"
+            )
+        rows, length = input_ids_BS.shape
+        if length > self.context_length:
+            raise ValueError(
+                f"a sequence of {length} tokens does not fit the model's context_length={self.context_length}; "
+                f"cut the sequences or build the model with a longer context"
+            )
+        x_BSD = F.dropout(F.embedding(input_ids_BS, self.weight), self.dropout, self.training)
+        position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand(rows, length)
+        return {"hidden": x_BSD, "position_ids": position_ids_BS}
+
+
+class LearnedPositions(nn.Module):
+    """Adds a trained vector for each position.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.weight = nn.Parameter(torch.empty(config.context_length, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.init_std)
+
+    def forward(self, value: GPTValue) -> GPTValue:
+        """Add to ``value["hidden"]`` the vectors of ``value["position_ids"]``."""
+        x_BSD = value["hidden"] + F.embedding(value["position_ids"], self.weight)
+        return {**value, "hidden": F.dropout(x_BSD, self.dropout, self.training)}
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each token to itself and the tokens before it.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = _linear(config.hidden_size, 3 * config.hidden_size, std=config.init_std)
+        self.out = _linear(config.hidden_size, config.hidden_size, std=_residual_std(config))
+
+    def forward(self, x_BSD: Tensor, position_ids_BS: Tensor) -> Tensor:
+        """Attend in the order of the rows given, which must be the order of their positions.
+
+        Args:
+            x_BSD: Normalised hidden states.
+            position_ids_BS: int64, increasing along S; gaps are allowed.
+
+        Returns:
+            What to add to the residual stream, ``[B, S, D]``.
+        """
+        config = self.config
+        rows, length, _ = x_BSD.shape
+        qkv_BS3HE = self.qkv(x_BSD).view(rows, length, 3, config.num_heads, config.head_size)
+        q_BSHE, k_BSHE, v_BSHE = qkv_BS3HE.unbind(2)
+        if config.positions == "rope":
+            cos, sin = rotary_angles(position_ids_BS, config.head_size, theta=config.rope_theta, dtype=qkv_BS3HE.dtype)
+            cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
+            q_BSHE, k_BSHE = rotate(qkv_BS3HE[:, :, :2], cos, sin).unbind(2)
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BSHE.transpose(1, 2),
+            k_BSHE.transpose(1, 2),
+            v_BSHE.transpose(1, 2),
+            dropout_p=config.dropout if self.training else 0.0,
+            is_causal=True,
+        )
+        y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).reshape(rows, length, config.hidden_size))
+        return y_BSD
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between them.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = _linear(config.hidden_size, config.mlp_size, std=config.init_std)
+        self.down = _linear(config.mlp_size, config.hidden_size, std=_residual_std(config))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """What to add to the residual stream, ``[B, S, D]``."""
+        y_BSD: Tensor = self.down(F.gelu(self.up(x_BSD)))
+        return y_BSD
+
+
+class GPTBlock(nn.Module):
+    """One transformer block: normalise, attend, add; normalise, transform, add.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attn_norm = _norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, value: GPTValue) -> GPTValue:
+        """Update ``value["hidden"]``; the other entries pass through."""
+        x_BSD = value["hidden"]
+        attended = self.attn(self.attn_norm(x_BSD), value["position_ids"])
+        x_BSD = x_BSD + F.dropout(attended, self.dropout, self.training)
+        x_BSD = x_BSD + F.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training)
+        return {**value, "hidden": x_BSD}
+
+
+class FinalNorm(nn.Module):
+    """The last normalisation; only the hidden states leave it.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.norm = _norm(config)
+
+    def forward(self, value: GPTValue) -> Tensor:
+        """Normalised hidden states, ``[B, S, D]``."""
+        x_BSD: Tensor = self.norm(value["hidden"])
+        return x_BSD
+
+
+class OutputHead(nn.Module):
+    """Hidden states to logits with a weight of its own.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.init_std)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Logits ``[B, S, V]``."""
+        return F.linear(x_BSD, self.weight)
+
+
+def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
+    """Logits ``[B, S, V]`` by the token embedding's weight: the ``forward_fn`` of the tied output layer."""
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    return F.linear(x_BSD, weight)
+
+
+def _linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(linear.weight, std=std)
+    return linear
+
+
+def _norm(config: GPTConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=False)
+
+
+def _residual_std(config: GPTConfig) -> float:
+    return config.init_std / float(2 * config.num_layers) ** 0.5
