@@ -42,8 +42,8 @@ class Schedule:
         held = set(self.placement)
         if held != set(range(len(self.ranks))):
             raise ScheduleError(
-                f"schedule {self.name!r}: its placement puts stages on ranks {sorted(held)}, but actions are listed for "
-                f"ranks 0..{len(self.ranks) - 1}; every rank must hold at least one stage"
+                f"schedule {self.name!r}: its placement puts stages on ranks {sorted(held)}, but actions are listed "
+                f"for ranks 0..{len(self.ranks) - 1}; every rank must hold at least one stage"
             )
 
     @property

@@ -1,0 +1,371 @@
+"""A model as a list of layers, divided over pipeline stages."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from penstock._core.keys import derive, seed_torch
+from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec, callable_name
+from penstock.pipe.partition import check_method, check_num_stages, partition
+from penstock.pipe.stage import FunctionLayer, Stage, Tie, layer_name
+from penstock.pipe.topology import ProcessTopology
+
+__all__ = ["Layer", "LayerSpec", "PipelineModule", "TiedLayerSpec"]
+
+Layer: TypeAlias = LayerSpec | nn.Module | Callable[[Any], Any]
+"""What a list of layers may contain: a spec, a module, or a plain function of one value."""
+
+
+class PipelineModule:
+    """A model as a list of layers: metadata only, checked on construction.
+
+    Each layer is called with one argument, what the layer before returned: any nest of tuples, lists, dicts, tensors
+    and plain values. Nothing is allocated here: specs are built on torch's meta device to count their parameters (a
+    layer that cannot be built there is built on the CPU, one at a time, and dropped). :meth:`build_stage` makes the
+    real layers of one stage.
+
+    Weights are drawn from a generator seeded with ``(base_seed, canonical layer index)``, on the CPU, so they depend
+    neither on the partition nor on the device; layers of one tie key use the index of the first. ``nn.Module``
+    instances keep the weights they have; each stage gets a copy of its own ones, and the instance is left alone.
+
+    Args:
+        layers: :class:`LayerSpec`, :class:`TiedLayerSpec`, ``nn.Module`` instances and plain callables, in order.
+        num_stages: Pipeline stages. May be left to ``topology``, or to whoever knows later (:meth:`partitioned`).
+        topology: Its ``pipe`` axis gives the number of stages.
+        loss_fn: ``loss_fn(output, targets)`` returns a scalar tensor. None: the last layer returns the loss.
+        seed_layers: Seed as DeepSpeed does, with ``base_seed + index`` in place of the derived key.
+        seed_fn: With ``seed_layers``, called with ``base_seed + index`` before each layer is built, in place of
+            seeding torch, numpy and ``random``.
+        base_seed: Where the weights come from.
+        partition_method: ``"parameters"`` (balance trainable parameters), ``"uniform"`` (balance layers),
+            ``"type:regex"`` (balance layers whose class name matches), or explicit bounds such as ``[0, 4, 9]``.
+        activation_checkpoint_interval: Recompute the activations of groups of this many layers in the backward pass;
+            0 keeps all.
+
+    Attributes:
+        specs: The layers as given.
+        num_layers: How many.
+        bounds: Stage ``s`` holds layers ``bounds[s]`` to ``bounds[s + 1] - 1``; None until ``num_stages`` is known.
+        parameter_counts: Trainable parameters of each layer; a tied layer counts wherever it lies.
+        total_parameters: Trainable parameters of the model; tied ones count once.
+        tied: For each tie key, the canonical indices of its layers.
+
+    Raises:
+        ValueError: Anything that can be seen to be wrong now; the message says what and what to change.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        num_stages: int | None = None,
+        topology: ProcessTopology | None = None,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
+        seed_layers: bool = False,
+        seed_fn: Callable[[int], Any] | None = None,
+        base_seed: int = 1234,
+        partition_method: str | Sequence[int] = "parameters",
+        activation_checkpoint_interval: int = 0,
+    ) -> None:
+        self.specs = _checked_layers(layers)
+        if loss_fn is not None and not callable(loss_fn):
+            raise ValueError(f"loss_fn must be a callable (output, targets), got {type(loss_fn).__name__}")
+        if seed_fn is not None and not seed_layers:
+            raise ValueError("seed_fn is called only with seed_layers=True; set it, or drop seed_fn")
+        if activation_checkpoint_interval < 0:
+            raise ValueError(
+                f"activation_checkpoint_interval must be 0 (keep all activations) or a number of layers, "
+                f"got {activation_checkpoint_interval}"
+            )
+        self.loss_fn = loss_fn
+        self.seed_layers = seed_layers
+        self.seed_fn = seed_fn
+        self.base_seed = base_seed
+        self.partition_method = partition_method if isinstance(partition_method, str) else tuple(partition_method)
+        self.activation_checkpoint_interval = activation_checkpoint_interval
+        self.topology = topology
+        self.num_stages = _number_of_stages(num_stages, topology, self.partition_method)
+        names = [_type_name(layer) for layer in self.specs]
+        check_method(self.partition_method, names)
+        if self.num_stages is not None:
+            check_num_stages(self.num_stages, self.num_layers)
+        shadows = [self._shadow(index) for index in range(self.num_layers)]
+        self.parameter_counts = tuple(_count_trainable(module) for module in shadows)
+        self._ties = _ties(self.specs, shadows)
+        copies = sum(self.parameter_counts[i] for tie in self._ties.values() for i in tie.layers[1:])
+        self.total_parameters = sum(self.parameter_counts) - copies
+        self.bounds = self._bounds(self.num_stages)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has."""
+        return len(self.specs)
+
+    @property
+    def tied(self) -> dict[str, tuple[int, ...]]:
+        """For each tie key, the canonical indices of its layers."""
+        return {key: tie.layers for key, tie in self._ties.items()}
+
+    @staticmethod
+    def layer_name(index: int) -> str:
+        """The canonical name of a layer, ``layer_000`` for the first."""
+        return layer_name(index)
+
+    def partitioned(self, num_stages: int) -> "PipelineModule":
+        """The same model divided into another number of stages.
+
+        Raises:
+            ValueError: More stages than layers, or explicit bounds or a topology for another number.
+        """
+        _number_of_stages(num_stages, self.topology, self.partition_method)
+        other = copy.copy(self)
+        other.num_stages = num_stages
+        other.bounds = self._bounds(num_stages)
+        return other
+
+    def stage_of(self, layer: int) -> int:
+        """The stage that holds a layer, by canonical index.
+
+        Raises:
+            ValueError: No such layer, or the number of stages is not known yet.
+        """
+        bounds = self._known_bounds()
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer {layer} does not exist; the model has layers 0 to {self.num_layers - 1}")
+        return int(np.searchsorted(bounds, layer, side="right")) - 1
+
+    def build_stage(self, stage: int, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Stage:
+        """Build the layers of one stage.
+
+        Layers are built on the CPU one by one and then moved, and the global random states are left as they were.
+
+        Args:
+            stage: Its number, from 0.
+            device: Where to put parameters and buffers.
+            dtype: Floating-point parameters and buffers are cast to it after they are drawn; None leaves them.
+
+        Raises:
+            ValueError: No such stage, the number of stages is not known yet, or a layer cannot be built.
+        """
+        bounds = self._known_bounds()
+        if not 0 <= stage < len(bounds) - 1:
+            raise ValueError(f"stage {stage} does not exist; the model has stages 0 to {len(bounds) - 2}")
+        start, stop = bounds[stage], bounds[stage + 1]
+        shared: dict[str, nn.Module] = {}
+        forward_fns: dict[int, Callable[[nn.Module, Any], Any]] = {}
+        modules = []
+        for index in range(start, stop):
+            spec = self.specs[index]
+            if not isinstance(spec, TiedLayerSpec):
+                modules.append(self._built(index, device, dtype))
+                continue
+            if spec.key not in shared:
+                shared[spec.key] = self._built(index, device, dtype)
+            modules.append(shared[spec.key])
+            if spec.forward_fn is not None:
+                forward_fns[index] = spec.forward_fn
+        return Stage(
+            index=stage,
+            num_stages=len(bounds) - 1,
+            start=start,
+            modules=modules,
+            ties=tuple(self._ties.values()),
+            forward_fns=forward_fns,
+            activation_checkpoint_interval=self.activation_checkpoint_interval,
+            device=torch.device(device),
+        )
+
+    def _bounds(self, num_stages: int | None) -> tuple[int, ...] | None:
+        if num_stages is None:
+            return None
+        names = [_type_name(layer) for layer in self.specs]
+        return partition(self.partition_method, num_stages, names=names, parameter_counts=self.parameter_counts)
+
+    def _known_bounds(self) -> tuple[int, ...]:
+        if self.bounds is None:
+            raise ValueError(
+                "the number of stages is not known yet: give PipelineModule num_stages or a topology, "
+                "or call partitioned(num_stages)"
+            )
+        return self.bounds
+
+    def _built(self, index: int, device: torch.device | str, dtype: torch.dtype | None) -> nn.Module:
+        layer = self.specs[index]
+        if isinstance(layer, LayerSpec):
+            with self._seeded(index):
+                module = _build(index, layer)
+        elif isinstance(layer, nn.Module):
+            module = copy.deepcopy(layer)
+        else:
+            module = FunctionLayer(layer)
+        return module.to(device=device, dtype=dtype)
+
+    @contextmanager
+    def _seeded(self, index: int) -> Iterator[None]:
+        """Seed for the weights of a layer, and afterwards put every global generator back as it was."""
+        layer = self.specs[index]
+        owner = self._ties[layer.key].owner if isinstance(layer, TiedLayerSpec) else index
+        with _random_states_kept():
+            if self.seed_layers and self.seed_fn is not None:
+                self.seed_fn(self.base_seed + owner)
+            elif self.seed_layers:
+                _seed_all(self.base_seed + owner)
+            else:
+                _seed_all(derive(self.base_seed, "init", owner))
+            yield
+
+    def _shadow(self, index: int) -> nn.Module:
+        """The layer without its weights, for counting; instances as they are."""
+        layer = self.specs[index]
+        if isinstance(layer, nn.Module):
+            return layer
+        if not isinstance(layer, LayerSpec):
+            return FunctionLayer(layer)
+        with _random_states_kept():
+            try:
+                with torch.device("meta"):
+                    return layer.build()
+            except Exception:
+                # Some constructors read values (``tensor.tolist()``), which meta tensors do not have; and a wrong
+                # argument is reported the same from here.
+                return _build(index, layer).to("meta")
+
+
+def _checked_layers(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    try:
+        listed = tuple(layers)
+    except TypeError as error:
+        raise ValueError(
+            f"PipelineModule takes a list of layers, got {type(layers).__name__}; list its layers in the order in "
+            "which they are called"
+        ) from error
+    if not listed:
+        raise ValueError("PipelineModule needs at least one layer, got an empty list")
+    owner: dict[int, int] = {}
+    for index, layer in enumerate(listed):
+        if isinstance(layer, type):
+            raise ValueError(
+                f"{layer_name(index)} is the class {layer.__name__}; write LayerSpec({layer.__name__}, ...) "
+                "or give an instance"
+            )
+        if not isinstance(layer, LayerSpec) and not callable(layer):
+            raise ValueError(
+                f"{layer_name(index)} is {layer!r} ({type(layer).__name__}); a layer is a LayerSpec, a TiedLayerSpec, "
+                "a torch.nn.Module or a callable of one value"
+            )
+        if isinstance(layer, nn.Module):
+            for name, parameter in layer.named_parameters():
+                first = owner.setdefault(id(parameter), index)
+                if first != index:
+                    raise ValueError(
+                        f"{layer_name(index)} and {layer_name(first)} share the parameter {name!r}; "
+                        "layers may lie on different stages, so say it with a TiedLayerSpec for each"
+                    )
+    return listed
+
+
+def _number_of_stages(
+    num_stages: int | None, topology: ProcessTopology | None, method: str | tuple[int, ...]
+) -> int | None:
+    if topology is not None:
+        if "pipe" not in topology.get_axis_names():
+            raise ValueError(f"the topology has no 'pipe' axis, only {topology.get_axis_names()}")
+        pipe = topology.get_dim("pipe")
+        if num_stages is not None and num_stages != pipe:
+            raise ValueError(
+                f"num_stages is {num_stages}, but the topology's pipe axis has size {pipe}; make them equal"
+            )
+        num_stages = pipe
+    if isinstance(method, str) or num_stages is not None:
+        return num_stages
+    return len(method) - 1
+
+
+def _type_name(layer: Layer) -> str:
+    return layer.name if isinstance(layer, LayerSpec) else callable_name(layer)
+
+
+def _count_trainable(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _build(index: int, spec: LayerSpec) -> nn.Module:
+    try:
+        return spec.build()
+    except Exception as error:
+        raise ValueError(f"{layer_name(index)}: cannot build {spec!r}: {type(error).__name__}: {error}") from error
+
+
+def _ties(layers: Sequence[Layer], shadows: Sequence[nn.Module]) -> dict[str, Tie]:
+    groups: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, TiedLayerSpec):
+            groups.setdefault(layer.key, []).append(index)
+    return {key: _tie(key, indices, layers, shadows) for key, indices in groups.items()}
+
+
+def _tie(key: str, indices: list[int], layers: Sequence[Layer], shadows: Sequence[nn.Module]) -> Tie:
+    first = indices[0]
+    owner = layers[first]
+    assert isinstance(owner, TiedLayerSpec)
+    parameters = _described(shadows[first])
+    for name in owner.tied_weight_attr:
+        if name not in parameters:
+            raise ValueError(
+                f"tied layers {key!r}: {owner.name} has no parameter {name!r}, its parameters are "
+                f"{', '.join(parameters) or '(none)'}; set tied_weight_attr"
+            )
+    left_out = [name for name in parameters if name not in owner.tied_weight_attr]
+    if left_out:
+        raise ValueError(
+            f"tied layers {key!r}: {owner.name} also has {', '.join(left_out)}, which tied_weight_attr does not name; "
+            f"set tied_weight_attr={list(parameters)}, or build the module without them"
+        )
+    for index in indices[1:]:
+        other = layers[index]
+        assert isinstance(other, TiedLayerSpec)
+        both = f"tied layers {key!r}: {layer_name(index)} ({other.name}) and {layer_name(first)} ({owner.name})"
+        if type(shadows[index]) is not type(shadows[first]):
+            raise ValueError(f"{both} build different modules; give both the same module and use forward_fn to call it")
+        if set(other.tied_weight_attr) != set(owner.tied_weight_attr):
+            raise ValueError(
+                f"{both} name different tied_weight_attr, {list(other.tied_weight_attr)} and "
+                f"{list(owner.tied_weight_attr)}"
+            )
+        found = _described(shadows[index])
+        if found != parameters:
+            raise ValueError(
+                f"{both} have different parameters, {found} and {parameters}; give both the same arguments"
+            )
+    return Tie(key, tuple(indices), owner.tied_weight_attr)
+
+
+def _described(module: nn.Module) -> dict[str, str]:
+    return {
+        name: f"{tuple(parameter.shape)} {parameter.dtype}{'' if parameter.requires_grad else ' frozen'}"
+        for name, parameter in module.named_parameters()
+    }
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    numpy_state = np.random.get_state()
+    python_state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
+def _seed_all(seed: int) -> None:
+    """Seed every generator that a layer's constructor may draw from on the CPU."""
+    seed_torch(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)

@@ -1,0 +1,230 @@
+"""The layers that one pipeline stage holds."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from penstock._core.batch_key import BatchKey, entered
+from penstock._core.keys import seed_torch
+
+
+def layer_name(index: int) -> str:
+    """The canonical name of a layer: ``layer_000`` for the model's first, whatever the partition."""
+    return f"layer_{index:03d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """What the layers of one tie key share.
+
+    Attributes:
+        key: Names the shared weights.
+        layers: Canonical indices of all layers of the key, over all stages; the first one is the owner, whose name
+            the shared parameters carry.
+        attributes: Names of the shared parameters inside the module.
+    """
+
+    key: str
+    layers: tuple[int, ...]
+    attributes: tuple[str, ...]
+
+    @property
+    def owner(self) -> int:
+        """Canonical index of the first layer of the key."""
+        return self.layers[0]
+
+
+class FunctionLayer(nn.Module):
+    """A plain callable as a layer."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, value: Any) -> Any:
+        """Call the function."""
+        return self.function(value)
+
+
+class TiedForward(nn.Module):
+    """A tied module used through its ``forward_fn``."""
+
+    def __init__(self, module: nn.Module, forward_fn: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.forward_fn = forward_fn
+
+    def forward(self, value: Any) -> Any:
+        """Call ``forward_fn(module, value)``."""
+        return self.forward_fn(self.module, value)
+
+
+class Stage(nn.Module):
+    """Consecutive layers of a model, run in order; made by ``PipelineModule.build_stage``.
+
+    Parameters are named after the model, not after the stage: ``layer_003.attn.qkv.weight`` is the same weight in any
+    partition (:meth:`canonical_parameters`). The ordinary ``state_dict`` has module names instead.
+
+    Attributes:
+        index: This stage's number, from 0.
+        num_stages: Stages in the pipeline.
+        start: Canonical index of the first layer here.
+        stop: One past the last.
+        layers: The layers by ``str(canonical index)``, as they are called (wrapped, where :meth:`wrap_layers` did so).
+    """
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        num_stages: int,
+        start: int,
+        modules: Sequence[nn.Module],
+        ties: Sequence[Tie] = (),
+        forward_fns: Mapping[int, Callable[[nn.Module, Any], Any]] | None = None,
+        activation_checkpoint_interval: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.num_stages = num_stages
+        self.start = start
+        self.stop = start + len(modules)
+        self.activation_checkpoint_interval = activation_checkpoint_interval
+        self._device = device or torch.device("cpu")
+        self._ties = {layer: tie for tie in ties for layer in tie.layers if self.start <= layer < self.stop}
+        # Kept outside nn.Module's registry: the same modules are registered in ``layers``, perhaps inside wrappers.
+        self._canonical = dict(enumerate(modules, start))
+        fns = forward_fns or {}
+        self.layers = nn.ModuleDict(
+            {str(i): TiedForward(module, fns[i]) if i in fns else module for i, module in self._canonical.items()}
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this stage takes the batch's inputs."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this stage's output goes to the loss function."""
+        return self.index == self.num_stages - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; without any, the device the stage was built for."""
+        first = next(self.parameters(), None)
+        return self._device if first is None else first.device
+
+    def forward(self, value: Any, key: BatchKey | None = None) -> Any:
+        """Run the layers in order.
+
+        In train mode every layer draws its random numbers from ``(key, canonical layer index)``, so the result does
+        not depend on the partition, and a checkpointed group that is recomputed draws the same ones again.
+
+        Args:
+            value: What the layer before returned; for the first stage, the batch's inputs. Any nest of tuples, lists,
+                dicts, tensors and plain values.
+            key: Names the micro-batch. None leaves torch's random state alone (and then checkpointing saves and
+                restores it, which is slower).
+
+        Returns:
+            What the last layer here returned.
+        """
+        interval = self.activation_checkpoint_interval
+        if interval == 0 or not torch.is_grad_enabled():
+            return self._run(self.start, self.stop, value, key)
+        for start in range(self.start, self.stop, interval):
+            value = self._checkpointed(start, min(start + interval, self.stop), value, key)
+        return value
+
+    def wrap_layers(self, fn: Callable[[int, nn.Module], nn.Module | None]) -> None:
+        """Replace layers by wrappers around them; parameters keep their canonical names.
+
+        Args:
+            fn: Called with each layer's canonical index and its module as it is called now; returns the wrapper, or
+                None to leave the layer as it is.
+
+        Raises:
+            ValueError: A wrapper that lacks a parameter of the layer (it must hold the given module itself, not a copy)
+                or brings parameters of its own (they would have no canonical name).
+        """
+        for name, layer in list(self.layers.items()):
+            wrapper = fn(int(name), layer)
+            if wrapper is None or wrapper is layer:
+                continue
+            inside = {id(parameter) for parameter in layer.parameters()}
+            outside = {id(parameter) for parameter in wrapper.parameters()}
+            if inside != outside:
+                raise ValueError(
+                    f"{layer_name(int(name))}: the wrapper {type(wrapper).__name__} lacks {len(inside - outside)} of "
+                    f"the layer's {len(inside)} parameters and brings {len(outside - inside)} of its own; a wrapper must "
+                    "hold the given module itself and add no parameters"
+                )
+            self.layers[name] = wrapper
+
+    def canonical_modules(self) -> Iterator[tuple[int, nn.Module]]:
+        """Each local layer's canonical index and its module as it was built, without wrappers."""
+        yield from self._canonical.items()
+
+    def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Each local parameter once, with its canonical name; a tied copy has its owner's name, on every stage."""
+        seen: set[int] = set()
+        for index, module in self._canonical.items():
+            tie = self._ties.get(index)
+            prefix = layer_name(index if tie is None else tie.owner)
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{prefix}.{name}", parameter
+
+    @property
+    def tied(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """For each tie key with a layer here, the local copies of the shared parameters with their canonical names."""
+        found: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for index, tie in self._ties.items():
+            if tie.key not in found:
+                module = self._canonical[index]
+                prefix = layer_name(tie.owner)
+                found[tie.key] = [(f"{prefix}.{name}", module.get_parameter(name)) for name in tie.attributes]
+        return found
+
+    def _run(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
+        if key is None:
+            for index in range(start, stop):
+                value = self.layers[str(index)](value)
+            return value
+        device = self.device if self.training else None
+        with entered(key):
+            for index in range(start, stop):
+                if self.training:
+                    seed_torch(key.layer_key("dropout", index), device)
+                value = self.layers[str(index)](value)
+        return value
+
+    def _checkpointed(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
+        def run(kept: Any) -> Any:
+            # A layer may fill in the containers that it is given; the recomputation must find them as they were.
+            return self._run(start, stop, _copy_containers(kept), key)
+
+        return checkpoint(run, value, use_reentrant=False, preserve_rng_state=key is None)
+
+    def extra_repr(self) -> str:
+        """Which layers of which pipeline."""
+        return f"stage {self.index} of {self.num_stages}, layers {self.start} to {self.stop - 1}"
+
+
+def _copy_containers(value: Any) -> Any:
+    """The same tensors and plain values in fresh tuples, lists and dicts."""
+    if isinstance(value, dict):
+        return {key: _copy_containers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy_containers(item) for item in value]
+    if isinstance(value, tuple):
+        items = [_copy_containers(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
