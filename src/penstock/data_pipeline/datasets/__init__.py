@@ -1,1 +1,23 @@
-"""Penstock: data_pipeline/datasets."""
+"""Where tokens lie: indexed files, windows over them, tables and text, and the way from text to tokens."""
+
+from penstock.data_pipeline.datasets.collate import IGNORED, TokenCollator
+from penstock.data_pipeline.datasets.indexed import IndexedDataset
+from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
+from penstock.data_pipeline.datasets.open import open_dataset
+from penstock.data_pipeline.datasets.python_corpus import SourceFile, read_sources, standard_library_files
+from penstock.data_pipeline.datasets.text import read_texts, text_files
+from penstock.data_pipeline.datasets.windows import TokenWindows
+
+__all__ = [
+    "IGNORED",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "SourceFile",
+    "TokenCollator",
+    "TokenWindows",
+    "open_dataset",
+    "read_sources",
+    "read_texts",
+    "standard_library_files",
+    "text_files",
+]
