@@ -111,3 +111,8 @@ def callable_name(layer: Any) -> str:
     """The name of a class, function or other callable."""
     name = getattr(layer, "__name__", None)
     return name if isinstance(name, str) else type(layer).__name__
+
+
+def layer_name(index: int) -> str:
+    """The canonical name of a layer: ``layer_000`` for the model's first, whatever the partition."""
+    return f"layer_{index:03d}"

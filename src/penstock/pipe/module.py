@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from penstock._core.keys import derive, seed_torch
-from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec, callable_name
+from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec, callable_name, layer_name
 from penstock.pipe.partition import check_method, check_num_stages, partition
-from penstock.pipe.stage import FunctionLayer, Stage, Tie, layer_name
+from penstock.pipe.stage import FunctionLayer, Stage
+from penstock.pipe.ties import find_ties
 from penstock.pipe.topology import ProcessTopology
 
 __all__ = ["Layer", "LayerSpec", "PipelineModule", "TiedLayerSpec"]
@@ -96,7 +97,7 @@ class PipelineModule:
             check_num_stages(self.num_stages, self.num_layers)
         shadows = [self._shadow(index) for index in range(self.num_layers)]
         self.parameter_counts = tuple(_count_trainable(module) for module in shadows)
-        self._ties = _ties(self.specs, shadows)
+        self._ties = find_ties(self.specs, shadows)
         copies = sum(self.parameter_counts[i] for tie in self._ties.values() for i in tie.layers[1:])
         self.total_parameters = sum(self.parameter_counts) - copies
         self.bounds = self._bounds(self.num_stages)
@@ -299,57 +300,6 @@ def _build(index: int, spec: LayerSpec) -> nn.Module:
         return spec.build()
     except Exception as error:
         raise ValueError(f"{layer_name(index)}: cannot build {spec!r}: {type(error).__name__}: {error}") from error
-
-
-def _ties(layers: Sequence[Layer], shadows: Sequence[nn.Module]) -> dict[str, Tie]:
-    groups: dict[str, list[int]] = {}
-    for index, layer in enumerate(layers):
-        if isinstance(layer, TiedLayerSpec):
-            groups.setdefault(layer.key, []).append(index)
-    return {key: _tie(key, indices, layers, shadows) for key, indices in groups.items()}
-
-
-def _tie(key: str, indices: list[int], layers: Sequence[Layer], shadows: Sequence[nn.Module]) -> Tie:
-    first = indices[0]
-    owner = layers[first]
-    assert isinstance(owner, TiedLayerSpec)
-    parameters = _described(shadows[first])
-    for name in owner.tied_weight_attr:
-        if name not in parameters:
-            raise ValueError(
-                f"tied layers {key!r}: {owner.name} has no parameter {name!r}, its parameters are "
-                f"{', '.join(parameters) or '(none)'}; set tied_weight_attr"
-            )
-    left_out = [name for name in parameters if name not in owner.tied_weight_attr]
-    if left_out:
-        raise ValueError(
-            f"tied layers {key!r}: {owner.name} also has {', '.join(left_out)}, which tied_weight_attr does not name; "
-            f"set tied_weight_attr={list(parameters)}, or build the module without them"
-        )
-    for index in indices[1:]:
-        other = layers[index]
-        assert isinstance(other, TiedLayerSpec)
-        both = f"tied layers {key!r}: {layer_name(index)} ({other.name}) and {layer_name(first)} ({owner.name})"
-        if type(shadows[index]) is not type(shadows[first]):
-            raise ValueError(f"{both} build different modules; give both the same module and use forward_fn to call it")
-        if set(other.tied_weight_attr) != set(owner.tied_weight_attr):
-            raise ValueError(
-                f"{both} name different tied_weight_attr, {list(other.tied_weight_attr)} and "
-                f"{list(owner.tied_weight_attr)}"
-            )
-        found = _described(shadows[index])
-        if found != parameters:
-            raise ValueError(
-                f"{both} have different parameters, {found} and {parameters}; give both the same arguments"
-            )
-    return Tie(key, tuple(indices), owner.tied_weight_attr)
-
-
-def _described(module: nn.Module) -> dict[str, str]:
-    return {
-        name: f"{tuple(parameter.shape)} {parameter.dtype}{'' if parameter.requires_grad else ' frozen'}"
-        for name, parameter in module.named_parameters()
-    }
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The layers that one pipeline stage holds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,32 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from penstock._core.batch_key import BatchKey, entered
 from penstock._core.keys import seed_torch
-
-
-def layer_name(index: int) -> str:
-    """The canonical name of a layer: ``layer_000`` for the model's first, whatever the partition."""
-    return f"layer_{index:03d}"
-
-
-@dataclass(frozen=True, slots=True)
-class Tie:
-    """What the layers of one tie key share.
-
-    Attributes:
-        key: Names the shared weights.
-        layers: Canonical indices of all layers of the key, over all stages; the first one is the owner, whose name
-            the shared parameters carry.
-        attributes: Names of the shared parameters inside the module.
-    """
-
-    key: str
-    layers: tuple[int, ...]
-    attributes: tuple[str, ...]
-
-    @property
-    def owner(self) -> int:
-        """Canonical index of the first layer of the key."""
-        return self.layers[0]
+from penstock.pipe.layer_spec import layer_name
+from penstock.pipe.ties import Tie
 
 
 class FunctionLayer(nn.Module):
@@ -162,8 +137,8 @@ class Stage(nn.Module):
             if inside != outside:
                 raise ValueError(
                     f"{layer_name(int(name))}: the wrapper {type(wrapper).__name__} lacks {len(inside - outside)} of "
-                    f"the layer's {len(inside)} parameters and brings {len(outside - inside)} of its own; a wrapper must "
-                    "hold the given module itself and add no parameters"
+                    f"the layer's {len(inside)} parameters and brings {len(outside - inside)} of its own; a wrapper "
+                    "must hold the given module itself and add no parameters"
                 )
             self.layers[name] = wrapper
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from penstock.pipe.schedule.action import COMPUTE_OPS, FORWARD, Action
+from penstock.pipe.schedule.action import BACKWARD, COMPUTE_OPS, FORWARD, WEIGHT_GRADIENT, Action
 
 
 class ScheduleError(ValueError):
@@ -55,6 +55,16 @@ class Schedule:
         """The stages that a pipeline rank holds, in model order."""
         return tuple(stage for stage, holder in enumerate(self.placement) if holder == rank)
 
+    def peak_activations(self) -> tuple[int, ...]:
+        """For each rank, the most micro-batches, counted once per stage, whose activations it keeps at a time.
+
+        Kept from F to the end of B, or of W where the backward pass is split: weight gradients need them too. Without
+        backward passes nothing is kept beyond the forward itself.
+        """
+        if self.forward_only:
+            return tuple(min(1, len(actions)) for actions in self.ranks)
+        return tuple(_peak(actions) for actions in self.ranks)
+
     def to_text(self) -> str:
         """One line per rank, compute actions separated by commas, as PyTorch's pipelining reads them."""
         return "".join(",".join(map(str, actions)) + "\n" for actions in self.ranks)
@@ -100,6 +110,17 @@ class Schedule:
             raise ScheduleError(f"schedule {name!r}: no rank has an action of stage {missing[0]}")
         placement = tuple(holders[stage] for stage in range(num_stages))
         return cls(name, num_stages, micro_batches, tuple(map(tuple, ranks)), placement, forward_only)
+
+
+def _peak(actions: Sequence[Action]) -> int:
+    kept = peak = 0
+    for _, op, _ in actions:
+        if op == FORWARD:
+            kept += 1
+            peak = max(peak, kept)
+        elif op in (BACKWARD, WEIGHT_GRADIENT):
+            kept -= 1
+    return peak
 
 
 def check_sizes(num_stages: int, micro_batches: int) -> None:
