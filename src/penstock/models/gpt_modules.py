@@ -7,6 +7,7 @@ of the full sequence. Other entries of the dict pass through untouched.
 Shapes: B rows, S tokens, D hidden units, H heads, E units per head, V vocabulary.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -214,4 +215,4 @@ def _norm(config: GPTConfig) -> nn.LayerNorm:
 
 
 def _residual_std(config: GPTConfig) -> float:
-    return config.init_std / float(2 * config.num_layers) ** 0.5
+    return config.init_std / math.sqrt(2 * config.num_layers)

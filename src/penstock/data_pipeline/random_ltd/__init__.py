@@ -1,1 +1,24 @@
-"""Penstock: data_pipeline/random_ltd."""
+"""Random layerwise token dropping: middle layers compute some of the tokens, the others pass them by."""
+
+from penstock.data_pipeline.random_ltd.config import RandomLTDConfig
+from penstock.data_pipeline.random_ltd.convert import convert_to_random_ltd, save_without_random_ltd
+from penstock.data_pipeline.random_ltd.dropping_utils import (
+    GatherTokens,
+    ScatterTokens,
+    bert_sample_tokens,
+    gpt_sample_tokens,
+)
+from penstock.data_pipeline.random_ltd.layer import RandomLayerTokenDrop
+from penstock.data_pipeline.random_ltd.scheduler import RandomLTDScheduler
+
+__all__ = [
+    "GatherTokens",
+    "RandomLTDConfig",
+    "RandomLTDScheduler",
+    "RandomLayerTokenDrop",
+    "ScatterTokens",
+    "bert_sample_tokens",
+    "convert_to_random_ltd",
+    "gpt_sample_tokens",
+    "save_without_random_ltd",
+]
