@@ -1,16 +1,15 @@
 """The sections of a run's configuration, each checked alone; :mod:`penstock.runtime.config` checks them together."""
 
 from collections.abc import Callable
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from penstock._core.suggest import unknown_name
+from penstock.compression.registry import create_compression_algorithm
+from penstock.models.gpt_config import GPTConfig, PositionKind
+from penstock.pipe.schedule import SCHEDULES
 
-SCHEDULES: Final = ("1f1b", "gpipe")
-"""Pipeline schedules that train."""
-ALGORITHMS: Final = ("bf16", "fp16", "none", "onebit")
-"""Algorithms that come with Penstock for the gradients on the wire."""
 OPTIMIZERS: Final = ("adamw", "onebit_adam")
 OWNS_EXCHANGE: Final = frozenset({"onebit_adam"})
 """Optimizers that communicate over the replicas themselves, so that no averaged gradient exists."""
@@ -38,19 +37,14 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The reference model to build, when no model object is given; see :class:`penstock.models.gpt.GPTConfig`.
+    """The reference model to build, when no model object is given.
+
+    The keys are ``name`` and the attributes of :class:`penstock.models.gpt.GPTConfig`.
 
     Attributes:
         name: ``gpt``.
         vocab_size: Size of the vocabulary; None takes the tokenizer's.
-        num_layers: Transformer blocks, without embedding and head.
-        hidden_size: Width of the residual stream.
-        num_heads: Attention heads; must divide ``hidden_size``.
-        context: Longest sequence in tokens; None takes ``data.sequence_length``.
-        mlp_ratio: Width of the MLP over ``hidden_size``.
-        positions: ``rope`` or ``learned``.
-        dropout: Probability of dropping a unit, in ``[0, 1)``.
-        tie_embeddings: Whether head and token embedding share one weight.
+        context_length: Longest sequence in tokens; None takes ``data.sequence_length``.
     """
 
     name: str = "gpt"
@@ -58,23 +52,42 @@ class ModelSection(Section):
     num_layers: int = Field(default=4, ge=1)
     hidden_size: int = Field(default=192, ge=1)
     num_heads: int = Field(default=6, ge=1)
-    context: int | None = Field(default=None, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0)
-    positions: Literal["rope", "learned"] = "rope"
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    context_length: int | None = Field(default=None, ge=1)
+    mlp_ratio: float = 4.0
+    positions: PositionKind = "rope"
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0
     tie_embeddings: bool = True
+    init_std: float = 0.02
+    norm_eps: float = 1e-5
 
     _known_name = field_validator("name")(_one_of("model", MODELS))
 
     @model_validator(mode="after")
-    def _check_heads(self) -> Self:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not divisible by num_heads={self.num_heads}; "
-                f"take a multiple of {self.num_heads}, such as "
-                f"{self.num_heads * max(1, round(self.hidden_size / self.num_heads))}"
-            )
+    def _check_numbers(self) -> Self:
+        self.gpt_config(vocab_size=1, context_length=1)  # stand in for what is not known yet
         return self
+
+    def gpt_config(self, *, vocab_size: int | None = None, context_length: int | None = None) -> GPTConfig:
+        """The model's shape.
+
+        Args:
+            vocab_size: The tokenizer's, taken where the section gives none.
+            context_length: The data's, taken where the section gives none.
+
+        Raises:
+            ValueError: One of the two is given nowhere, or the numbers do not fit together.
+        """
+        shape = self.model_dump(exclude={"name"})
+        for key, fallback, source in (
+            ("vocab_size", vocab_size, "a tokenizer"),
+            ("context_length", context_length, "data.sequence_length"),
+        ):
+            if shape[key] is None:
+                shape[key] = fallback
+            if shape[key] is None:
+                raise ValueError(f"model.{key} is not known; set it, or give {source}")
+        return GPTConfig(**shape)
 
 
 class PipeSection(Section):
@@ -98,7 +111,7 @@ class PipeSection(Section):
     def _check_schedule(cls, value: str) -> str:
         if value == "forward_only":
             raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or 'gpipe'")
-        return _one_of("schedule", SCHEDULES)(value)
+        return _one_of("schedule", tuple(name for name in SCHEDULES if name != "forward_only"))(value)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -165,7 +178,7 @@ class DataSection(Section):
     Attributes:
         train: Path of the training data: a ``.bin/.idx`` prefix, Parquet or JSONL. None when an object is given.
         heldout: Path of the held-out data; None evaluates on nothing.
-        sequence_length: Tokens per training sample; None takes ``model.context``.
+        sequence_length: Tokens per training sample; None takes ``model.context_length``.
     """
 
     train: str | None = None
@@ -190,7 +203,10 @@ class CompressionSection(Section):
     bucket_mb: float = Field(default=25.0, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
 
-    _known_algorithm = field_validator("algorithm")(_one_of("algorithm", ALGORITHMS))
+    @model_validator(mode="after")
+    def _check_algorithm(self) -> Self:
+        create_compression_algorithm(self.algorithm, self.options)
+        return self
 
 
 class OptimizerSection(Section):
