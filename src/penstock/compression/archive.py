@@ -1,0 +1,148 @@
+"""Compressed tensors in a file: safetensors with what is needed to decompress in its metadata."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from penstock._core.files import CorruptFileError, write_bytes
+from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.registry import create_compression_algorithm
+
+_METADATA_KEY: Final = "penstock.compression"
+_FLOATS: Final = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )
+}
+
+
+class _Entry(BaseModel):
+    """One original tensor; ``compressed`` ones are stored as ``INDEX/FIELD``, the others under ``INDEX``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    shape: list[NonNegativeInt]
+    dtype: str
+    compressed: bool
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    version: int
+    algorithm: str
+    options: dict[str, Any]
+    tensors: list[_Entry]
+    metadata: dict[str, str]
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata.
+
+    Raises:
+        CorruptFileError: The file is missing or not a whole safetensors file (a ``ValueError`` that names it).
+    """
+    if not Path(path).is_file():
+        raise CorruptFileError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise CorruptFileError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def write_compressed(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    algorithm: CompressionAlgorithm,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Compress each floating tensor and write all of them to one file, atomically; returns the file's bytes.
+
+    Tensors that are not floating pass unchanged, as does everything under a lossless algorithm.
+
+    Args:
+        path: Where to write.
+        tensors: By name.
+        algorithm: Any registered algorithm.
+        metadata: The original file's own, kept for decompression.
+    """
+    entries: list[_Entry] = []
+    parts: dict[str, Tensor] = {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        compressed = str(tensor.dtype).removeprefix("torch.") in _FLOATS and not algorithm.lossless
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries.append(_Entry(name=name, shape=list(tensor.shape), dtype=dtype, compressed=compressed))
+        if compressed:
+            parts.update({f"{index}/{field}": part for field, part in algorithm.compress(tensor).items()})
+        else:
+            parts[str(index)] = tensor.contiguous()
+    header = _Header(
+        version=1,
+        algorithm=algorithm.name,
+        options=algorithm.options(),
+        tensors=entries,
+        metadata=dict(metadata or {}),
+    )
+    data = save(parts, metadata={_METADATA_KEY: header.model_dump_json()})
+    write_bytes(path, data)
+    return len(data)
+
+
+def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Decompress a file written by :func:`write_compressed`: the tensors, by name, and the original metadata.
+
+    Raises:
+        CorruptFileError: The file is missing, broken, not one of these, or its parts do not fit its description.
+        ValueError: It was written with an algorithm that is not registered here.
+    """
+    parts, stored_metadata = read_tensors(path)
+    if _METADATA_KEY not in stored_metadata:
+        raise CorruptFileError(f"{path}: a safetensors file, but not one written by `penstock compress --output`")
+    try:
+        header = _Header.model_validate(json.loads(stored_metadata[_METADATA_KEY]))
+    except (ValidationError, json.JSONDecodeError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: its description of the compressed tensors is damaged ({error})") from error
+    if header.version != 1:
+        raise CorruptFileError(f"{path}: format version {header.version}, but this release reads version 1")
+    algorithm = create_compression_algorithm(header.algorithm, header.options)
+    tensors = {entry.name: _restore(path, parts, index, entry, algorithm) for index, entry in enumerate(header.tensors)}
+    return tensors, header.metadata
+
+
+def _restore(
+    path: str | Path, parts: Mapping[str, Tensor], index: int, entry: _Entry, algorithm: CompressionAlgorithm
+) -> Tensor:
+    numel = 1
+    for size in entry.shape:
+        numel *= size
+    if not entry.compressed:
+        tensor = parts.get(str(index))
+        if tensor is None or list(tensor.shape) != entry.shape:
+            raise CorruptFileError(f"{path}: tensor {entry.name!r} is missing or not of shape {entry.shape}")
+        return tensor
+    if entry.dtype not in _FLOATS:
+        raise CorruptFileError(f"{path}: tensor {entry.name!r} has the unknown dtype {entry.dtype!r}")
+    payload: dict[str, Tensor] = {}
+    # The parts are checked against the shape before anything of that shape is allocated.
+    for field in algorithm.payload_layout(numel):
+        part = parts.get(f"{index}/{field.name}")
+        if part is None or part.dtype != field.dtype or tuple(part.shape) != tuple(field.shape):
+            raise CorruptFileError(f"{path}: the {field.name} of tensor {entry.name!r} do not fit shape {entry.shape}")
+        payload[field.name] = part
+    return algorithm.decompress(payload, torch.empty(entry.shape, dtype=_FLOATS[entry.dtype]))

@@ -1,0 +1,35 @@
+"""What a user writes to choose a compressor."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.registry import create_compression_algorithm
+
+
+class CompressionConfig(BaseModel):
+    """An algorithm by name, its options, and whether what it leaves out is carried over.
+
+    Unknown keys, algorithms and options are refused, with the nearest known name.
+
+    Attributes:
+        algorithm: A registered name: ``none``, ``fp16``, ``bf16``, ``onebit``, or one of the user's own.
+        options: Keyword arguments of the algorithm.
+        error_feedback: Keep what was not sent in a memory and add it to the next tensor.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: str = "onebit"
+    options: dict[str, Any] = Field(default_factory=dict)
+    error_feedback: bool = True
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        self.create()
+        return self
+
+    def create(self) -> CompressionAlgorithm:
+        """The algorithm that this configuration names."""
+        return create_compression_algorithm(self.algorithm, self.options)

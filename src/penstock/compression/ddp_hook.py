@@ -1,0 +1,178 @@
+"""Compressed gradients for people who use DistributedDataParallel alone.
+
+::
+
+    model = DistributedDataParallel(model)
+    model.register_comm_hook(DDPCompression(create_compression_algorithm("onebit")), ddp_compression_hook)
+
+DDP hands its buckets to the hook in one fixed order. The hook launches each bucket's first collective at once, under
+the rest of the backward pass; when the last bucket of the step arrives it runs all the second collectives, again in
+order. So many buckets are in flight and every rank issues the same sequence of collectives.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from penstock._core.meter import Meter
+from penstock._core.waiting import Watcher
+from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.error_feedback import memory_dtype
+from penstock.compression.error_memory import ErrorMemory
+from penstock.compression.group import ranks_of
+from penstock.compression.reduction import Reduction, make_reduction
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+else:  # a compiled type: torch.distributed exports it at run time, and DDP checks the hook's annotation against it
+    GradBucket = dist.GradBucket
+
+
+class DDPCompression:
+    """The state of :func:`ddp_compression_hook`.
+
+    DDP rearranges its buckets once, after the first step; a bucket whose parameters change starts with an empty
+    error memory. With ``warmup_steps`` of at least 1 nothing is lost by that.
+
+    Args:
+        algorithm: None for no compression.
+        group: The group that DDP was given; None is the default group.
+        error_feedback: Keep what compression leaves out for the next step.
+        warmup_steps: Steps at the start that go uncompressed.
+        meter: Counts bytes and waiting seconds.
+        watcher: Bounds the waits.
+    """
+
+    def __init__(
+        self,
+        algorithm: CompressionAlgorithm | None,
+        *,
+        group: dist.ProcessGroup | None = None,
+        error_feedback: bool = True,
+        warmup_steps: int = 0,
+        meter: Meter | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        self.step = 0
+        self.warmup_steps = warmup_steps
+        self._algorithm = algorithm
+        self._group = group
+        self._error_feedback = error_feedback and algorithm is not None and not algorithm.lossless
+        self._meter = meter
+        self._watcher = watcher
+        self._slots: dict[int, _Slot] = {}
+        self._loaded: dict[str, Tensor] = {}
+        self._in_flight: list[_Launched] = []
+
+    def launch(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Start one bucket's reduction; the last bucket of a step finishes them all."""
+        buffer = bucket.buffer()
+        slot = self._slot_for(bucket)
+        slot.flat.copy_(buffer)
+        reduction = slot.compressed if self.step >= self.warmup_steps else slot.plain
+        reduction.start()
+        devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        self._in_flight.append(_Launched(reduction, slot.flat, buffer, future))
+        if bucket.is_last():
+            launched, self._in_flight = self._in_flight, []
+            for work in launched:
+                work.reduction.advance()
+            for work in launched:
+                work.finish()
+            self.step += 1
+        return future
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and each bucket's error memories."""
+        state: dict[str, Any] = {"step": self.step}
+        for index, slot in sorted(self._slots.items()):
+            if slot.memory is not None:
+                state.update({f"bucket_{index:03d}.{name}": t for name, t in slot.memory.tensors().items()})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore; memories are matched to buckets when DDP first shows them, and dropped where the sizes differ.
+
+        A resumed DDP rearranges its buckets again after its first step, so a resume with more than one bucket is
+        not bitwise; Penstock's own reducer, whose layout is fixed, is.
+        """
+        self.step = int(state["step"])
+        self._slots.clear()
+        self._loaded = {name: value for name, value in state.items() if name != "step"}
+
+    def _slot_for(self, bucket: GradBucket) -> "_Slot":
+        index, buffer = bucket.index(), bucket.buffer()
+        shapes = tuple(tuple(parameter.shape) for parameter in bucket.parameters())
+        slot = self._slots.get(index)
+        if slot is None or slot.shapes != shapes or slot.flat.numel() != buffer.numel():
+            slot = self._slots[index] = self._new_slot(buffer, shapes)
+            if slot.memory is not None:
+                for name, memory in slot.memory.tensors().items():
+                    saved = self._loaded.get(f"bucket_{index:03d}.{name}")
+                    if saved is not None and saved.shape == memory.shape:
+                        memory.copy_(saved)
+        return slot
+
+    def _new_slot(self, buffer: Tensor, shapes: tuple[tuple[int, ...], ...]) -> "_Slot":
+        compresses = self._algorithm is not None and not self._algorithm.lossless
+        flat = torch.zeros_like(buffer, dtype=memory_dtype(buffer.dtype) if compresses else buffer.dtype)
+        memory = ErrorMemory.for_tensor(flat, self._group) if self._error_feedback else None
+        factor = 1.0 / ranks_of(self._group)
+        return _Slot(shapes, flat, memory, *self._reductions(flat, memory, factor))
+
+    def _reductions(self, flat: Tensor, memory: ErrorMemory | None, factor: float) -> tuple[Reduction, Reduction]:
+        plain = make_reduction(flat, None, self._group, factor=factor, meter=self._meter, watcher=self._watcher)
+        if self._algorithm is None:
+            return plain, plain
+        compressed = make_reduction(
+            flat,
+            self._algorithm,
+            self._group,
+            memory=memory,
+            factor=factor,
+            meter=self._meter,
+            watcher=self._watcher,
+        )
+        return plain, compressed
+
+
+def ddp_compression_hook(state: DDPCompression, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Communication hook for ``DistributedDataParallel.register_comm_hook``; gives the mean gradient."""
+    return state.launch(bucket)
+
+
+class _Slot:
+    def __init__(
+        self,
+        shapes: tuple[tuple[int, ...], ...],
+        flat: Tensor,
+        memory: ErrorMemory | None,
+        plain: Reduction,
+        compressed: Reduction,
+    ) -> None:
+        self.shapes = shapes
+        self.flat = flat
+        self.memory = memory
+        self.plain = plain
+        self.compressed = compressed
+
+
+class _Launched:
+    def __init__(
+        self, reduction: Reduction, flat: Tensor, buffer: Tensor, future: torch.futures.Future[Tensor]
+    ) -> None:
+        self.reduction = reduction
+        self.flat = flat
+        self.buffer = buffer
+        self.future = future
+
+    def finish(self) -> None:
+        self.reduction.wait()
+        self.buffer.copy_(self.flat)
+        self.future.set_result(self.buffer)

@@ -1,0 +1,138 @@
+"""What a training loop holds: an algorithm, its error memories and what it has cost."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.compression.algorithm import CompressionAlgorithm, Payload
+from penstock.compression.config import CompressionConfig
+from penstock.compression.error_feedback import ErrorFeedback
+
+
+@dataclass
+class CompressionStatistics:
+    """Totals since the start.
+
+    Attributes:
+        calls: How many tensors were compressed.
+        bytes_in: Bytes of the tensors.
+        bytes_out: Bytes of their payloads on the wire.
+        error_energy: Sum of squares of ``tensor - decompressed``, over the calls that decompressed.
+        energy: Sum of squares of the tensors of the same calls.
+    """
+
+    calls: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    error_energy: float = 0.0
+    energy: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """Bytes in over bytes out; 1 before the first call."""
+        return self.bytes_in / self.bytes_out if self.bytes_out else 1.0
+
+    @property
+    def relative_error(self) -> float:
+        """Root of the error's energy over the tensors' energy; 0 before the first round trip."""
+        return math.sqrt(self.error_energy / self.energy) if self.energy else 0.0
+
+
+class CompressionModule:
+    """An algorithm with an error memory per named tensor, statistics and a state dict.
+
+    Calling it gives the tensor that a receiver would see::
+
+        module = get_compression_module("onebit")
+        for name, parameter in model.named_parameters():
+            parameter.grad = module(parameter.grad, name)
+
+    Args:
+        algorithm: Any algorithm.
+        error_feedback: Carry what was not sent over to the next tensor of the same name.
+    """
+
+    def __init__(self, algorithm: CompressionAlgorithm, *, error_feedback: bool = True) -> None:
+        self.algorithm = algorithm
+        self.error_feedback = error_feedback and not algorithm.lossless
+        self.statistics = CompressionStatistics()
+        self._memories: dict[str, ErrorFeedback] = {}
+
+    def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
+        """Compress and decompress: a new tensor of the same shape and dtype, as a receiver would see it."""
+        seen = self.decompress(
+            self.compress(tensor, name), torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        )
+        self.statistics.error_energy += float((tensor - seen).double().square().sum())
+        self.statistics.energy += float(tensor.double().square().sum())
+        return seen
+
+    def compress(self, tensor: Tensor, name: str = "") -> Payload:
+        """Compress a tensor; ``name`` says whose error memory to use.
+
+        Raises:
+            ValueError: The tensor is not floating, or differs in size from the last one of the same name.
+        """
+        if not tensor.is_floating_point():
+            raise ValueError(f"only floating tensors are compressed, got {tensor.dtype}")
+        self.statistics.calls += 1
+        self.statistics.bytes_in += tensor.numel() * tensor.element_size()
+        self.statistics.bytes_out += self.algorithm.bytes_for(tensor.shape)
+        if not self.error_feedback:
+            return self.algorithm.compress(tensor)
+        memory = self._memories.get(name)
+        if memory is None:
+            memory = self._memories[name] = ErrorFeedback.for_tensor(self.algorithm, tensor)
+        if memory.memory.numel() != tensor.numel():
+            raise ValueError(
+                f"the error memory named {name!r} holds {memory.memory.numel()} elements, but the tensor has "
+                f"{tensor.numel()}; give each tensor a name of its own"
+            )
+        return memory.compress(tensor)
+
+    def decompress(self, payload: Payload, out: Tensor) -> Tensor:
+        """Fill the contiguous tensor ``out`` from a payload and return it."""
+        return self.algorithm.decompress(payload, out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The error memories (tensors, by name) and the statistics (plain numbers)."""
+        return {
+            "memories": {name: feedback.memory for name, feedback in self._memories.items()},
+            "statistics": asdict(self.statistics),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; existing memories are written in place, others are forgotten."""
+        saved: Mapping[str, Tensor] = state["memories"]
+        for name, memory in saved.items():
+            mine = self._memories.get(name)
+            if mine is not None and mine.memory.shape != memory.shape:
+                raise ValueError(
+                    f"the saved error memory {name!r} has {memory.numel()} elements, this one "
+                    f"{mine.memory.numel()}: it belongs to another model"
+                )
+        for name in self._memories.keys() - saved.keys():
+            del self._memories[name]
+        for name, memory in saved.items():
+            if name in self._memories:
+                self._memories[name].memory.copy_(memory)
+            else:
+                self._memories[name] = ErrorFeedback(self.algorithm, memory.clone())
+        self.statistics = CompressionStatistics(**state["statistics"])
+
+
+def initialize_module(config: CompressionConfig | Mapping[str, Any] | str) -> CompressionModule:
+    """Make a :class:`CompressionModule` from a configuration, a mapping with its keys, or an algorithm's name.
+
+    Raises:
+        ValueError: A key, the algorithm or an option is unknown, or a value is out of range.
+    """
+    if isinstance(config, str):
+        config = CompressionConfig(algorithm=config)
+    elif not isinstance(config, CompressionConfig):
+        config = CompressionConfig.model_validate(dict(config))
+    return CompressionModule(config.create(), error_feedback=config.error_feedback)

@@ -1,0 +1,261 @@
+"""Sums gradients over the data-parallel replicas while the backward pass still runs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from penstock._core.meter import Meter
+from penstock._core.waiting import Watcher
+from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.buckets import DEFAULT_BUCKET_BYTES, Bucket, NamedParameter, make_buckets
+from penstock.compression.error_feedback import memory_dtype
+from penstock.compression.error_memory import ErrorMemory
+from penstock.compression.reduction import Reduction, make_reduction
+
+
+class Reducer:
+    """A :class:`~penstock._core.protocols.GradientExchange` that reduces buckets in one fixed order.
+
+    A bucket starts when all its gradients are final *and* every earlier bucket has started: the order is that of the
+    list, the same on every rank, whatever order autograd takes. The second collective of a two-phase reduction
+    starts in :meth:`finish`, again in the list's order.
+
+    The result is ``sum over replicas of weight * gradient``. The weight is applied before compression, so error
+    memories are in units of the final gradient. A gradient that is None counts as zeros.
+
+    Args:
+        parameter_sets: Named parameters in sets; parameters of different sets never share a bucket. Put each tied
+            weight in a set of its own, and sets whose gradients become final last at the end.
+        group: The replicas; None is the default group.
+        algorithm: None for no compression (then gradients are summed in their own dtype).
+        error_feedback: Keep what compression leaves out for the next step.
+        bucket_bytes: Target size of a bucket.
+        warmup_steps: Steps at the start that go uncompressed.
+        meter: Counts bytes and waiting seconds.
+        watcher: Bounds the waits.
+    """
+
+    averages_gradients = True
+
+    def __init__(
+        self,
+        parameter_sets: Sequence[Sequence[NamedParameter]],
+        *,
+        group: dist.ProcessGroup | None = None,
+        algorithm: CompressionAlgorithm | None = None,
+        error_feedback: bool = True,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        warmup_steps: int = 0,
+        meter: Meter | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        self._warmup_steps = warmup_steps if algorithm is not None else 0
+        self._step = 0
+        # A compressor works on float32 whatever the parameters are; without one nothing is gained by widening.
+        flat_dtype = memory_dtype if algorithm is not None and not algorithm.lossless else _same
+        buckets = make_buckets(parameter_sets, bucket_bytes=bucket_bytes, flat_dtype=flat_dtype)
+        self._slots = [
+            _Slot(
+                bucket,
+                algorithm,
+                group,
+                error_feedback=error_feedback,
+                uncompressed_first=self._warmup_steps > 0,
+                meter=meter,
+                watcher=watcher,
+            )
+            for bucket in buckets
+        ]
+        self._slot_of = {p: slot for slot in self._slots for p in slot.bucket.parameters}
+        self._armed: set[nn.Parameter] = set()
+        self._started = 0
+        self._ask_weight: Callable[[], float] | None = None
+        self._weight: float | None = None
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._accumulated) for p in self._slot_of if p.requires_grad
+        ]
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The layout, in the order in which reductions start."""
+        return [slot.bucket for slot in self._slots]
+
+    def begin_step(self, weight: Callable[[], float]) -> None:
+        """Forget the last step, finished or not; ``weight()`` is asked for when the first bucket starts."""
+        self._armed.clear()
+        self._started = 0
+        self._ask_weight = weight
+        self._weight = None
+        for slot in self._slots:
+            slot.pending = set(slot.bucket.parameters)
+
+    def arm(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The next gradient accumulated into each of these parameters is its last in this step.
+
+        Raises:
+            ValueError: A parameter is not one of this reducer's.
+        """
+        self._armed.update(self._known(parameters))
+
+    def ready(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The gradients of these parameters are final now."""
+        for parameter in self._known(parameters):
+            self._armed.discard(parameter)
+            self._slot_of[parameter].pending.discard(parameter)
+        self._start_what_can()
+
+    def finish(self) -> None:
+        """Start the buckets that have not started, wait for all, and fill in every ``.grad``.
+
+        Raises:
+            RuntimeError: :meth:`begin_step` was not called.
+        """
+        if self._ask_weight is None:
+            raise RuntimeError("finish() without begin_step(): the loss weight is not known")
+        while self._started < len(self._slots):
+            self._start_next()
+        compressed = self._step >= self._warmup_steps
+        for slot in self._slots:
+            slot.reduction(compressed).advance()
+        for slot in self._slots:
+            slot.reduction(compressed).wait()
+            slot.write_back()
+        self._step += 1
+        self._armed.clear()
+        self._ask_weight = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step count and, for each bucket, the error memories: ``bucket_000.worker``, ``bucket_000.server``."""
+        state: dict[str, Any] = {"step": self._step}
+        state.update(self._memories())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore, copying into existing storage.
+
+        Raises:
+            ValueError: The memories are those of another layout (other parameters, bucket size or replicas).
+        """
+        mine = self._memories()
+        theirs = {name: value for name, value in state.items() if name != "step"}
+        differing = sorted(
+            name
+            for name in mine.keys() | theirs.keys()
+            if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
+        )
+        if differing:
+            raise ValueError(
+                f"the saved error memories do not fit: {', '.join(differing[:4])} "
+                f"({len(differing)} of {len(mine)} differ). The number of replicas, the bucket size, the model or the "
+                "algorithm changed; resume with the old values, or load {'step': N} alone to start with empty memories"
+            )
+        self._step = int(state["step"])
+        for name, memory in mine.items():
+            memory.copy_(theirs[name])
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _memories(self) -> dict[str, Tensor]:
+        return {
+            f"bucket_{index:03d}.{name}": tensor
+            for index, slot in enumerate(self._slots)
+            if slot.memory is not None
+            for name, tensor in slot.memory.tensors().items()
+        }
+
+    def _known(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        known = list(parameters)
+        for parameter in known:
+            if parameter not in self._slot_of:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} is not one of this reducer's; "
+                    "give it to the reducer when it is made"
+                )
+        return known
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        if parameter in self._armed:
+            self._armed.discard(parameter)
+            self._slot_of[parameter].pending.discard(parameter)
+            self._start_what_can()
+
+    def _start_what_can(self) -> None:
+        while self._started < len(self._slots) and not self._slots[self._started].pending:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        if self._weight is None:
+            if self._ask_weight is None:
+                raise RuntimeError("a gradient became final before begin_step()")
+            self._weight = float(self._ask_weight())
+        slot = self._slots[self._started]
+        self._started += 1
+        slot.fill(self._weight)
+        slot.reduction(self._step >= self._warmup_steps).start()
+
+
+class _Slot:
+    """A bucket with its buffer, its memories and its reductions."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        algorithm: CompressionAlgorithm | None,
+        group: dist.ProcessGroup | None,
+        *,
+        error_feedback: bool,
+        uncompressed_first: bool,
+        meter: Meter | None,
+        watcher: Watcher | None,
+    ) -> None:
+        self.bucket = bucket
+        self.pending: set[nn.Parameter] = set(bucket.parameters)
+        self._flat = bucket.new_flat()
+        self._views = bucket.views(self._flat)
+        self._gaps = bucket.gaps(self._flat)
+        self.memory: ErrorMemory | None = None
+        if error_feedback and algorithm is not None and not algorithm.lossless:
+            self.memory = ErrorMemory.for_tensor(self._flat, group)
+        self._compressed = make_reduction(
+            self._flat, algorithm, group, memory=self.memory, meter=meter, watcher=watcher
+        )
+        self._plain: Reduction | None = None
+        if uncompressed_first:
+            self._plain = make_reduction(self._flat, None, group, meter=meter, watcher=watcher)
+
+    def reduction(self, compressed: bool) -> Reduction:
+        if compressed or self._plain is None:
+            return self._compressed
+        return self._plain
+
+    @torch.no_grad()
+    def fill(self, weight: float) -> None:
+        """Weighted gradients into the buffer; what the last sum left in the gaps would disturb the scales."""
+        for gap in self._gaps:
+            gap.zero_()
+        for parameter, view in zip(self.bucket.parameters, self._views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(parameter.grad)
+        self._flat.mul_(weight)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for parameter, view in zip(self.bucket.parameters, self._views, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(view)
+
+
+def _same(dtype: torch.dtype) -> torch.dtype:
+    return dtype

@@ -1,0 +1,188 @@
+"""What an algorithm does to real tensors: ratio, error and time; to a compressed file and back.
+
+``penstock compress`` and ``python -m penstock.compression`` are two doors to :func:`app_function`.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+from torch import Tensor
+
+from penstock._core.files import write_bytes
+from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.archive import read_compressed, read_tensors, write_compressed
+from penstock.compression.registry import create_compression_algorithm, known_algorithms
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one algorithm did to a set of tensors.
+
+    Attributes:
+        algorithm: Its name.
+        bytes_in: Bytes of the floating tensors.
+        bytes_out: Bytes of their payloads on the wire.
+        relative_error: Norm of the difference over norm of the tensors; 0 for all-zero tensors.
+        compress_s: Seconds to compress.
+        decompress_s: Seconds to decompress.
+    """
+
+    algorithm: str
+    bytes_in: int
+    bytes_out: int
+    relative_error: float
+    compress_s: float
+    decompress_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Bytes in over bytes out; 1 when there is nothing to compress."""
+        return self.bytes_in / self.bytes_out if self.bytes_out else 1.0
+
+
+def measure(tensors: Iterable[Tensor], algorithm: CompressionAlgorithm, *, fused: bool = True) -> Measurement:
+    """Compress floating tensors, decompress them and compare; other tensors are left out.
+
+    Args:
+        tensors: Of any shapes.
+        algorithm: Any algorithm.
+        fused: All tensors as one flat float32 buffer, as in training; otherwise one by one.
+    """
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    bytes_in = sum(tensor.numel() * tensor.element_size() for tensor in floating)
+    flat = [tensor.reshape(-1).float() for tensor in floating]
+    buffers = [torch.cat(flat)] if fused and flat else flat
+    bytes_out, error, energy, compress_s, decompress_s = 0, 0.0, 0.0, 0.0, 0.0
+    for buffer in buffers:
+        seen = torch.empty_like(buffer)
+        start = time.perf_counter()
+        payload = algorithm.compress(buffer)
+        middle = time.perf_counter()
+        algorithm.decompress(payload, seen)
+        end = time.perf_counter()
+        compress_s += middle - start
+        decompress_s += end - middle
+        bytes_out += algorithm.bytes_for(buffer.shape)
+        error += float((buffer - seen).double().square().sum())
+        energy += float(buffer.double().square().sum())
+    relative_error = math.sqrt(error / energy) if energy else 0.0
+    return Measurement(algorithm.name, bytes_in, bytes_out, relative_error, compress_s, decompress_s)
+
+
+def render(measurements: Sequence[Measurement], *, title: str) -> Table:
+    """A table with a line for each algorithm."""
+    table = Table(title=title)
+    table.add_column("algorithm")
+    for column in ("bytes", "ratio", "relative error", "compress", "decompress"):
+        table.add_column(column, justify="right")
+    for m in measurements:
+        table.add_row(
+            m.algorithm,
+            f"{m.bytes_out:,}",
+            f"{m.ratio:.2f}x",
+            f"{m.relative_error:.3g}",
+            f"{m.compress_s * 1e3:.2f} ms",
+            f"{m.decompress_s * 1e3:.2f} ms",
+        )
+    return table
+
+
+def app_function(
+    file: Path,
+    *,
+    algorithms: Sequence[str] = (),
+    options: Mapping[str, int | float | str] | None = None,
+    output: Path | None = None,
+    decompress: bool = False,
+    fused: bool = True,
+    console: Console | None = None,
+) -> int:
+    """Load a file, create the algorithms, compress, and print a table.
+
+    Args:
+        file: A ``.safetensors`` file; with ``decompress``, one that this function wrote.
+        algorithms: Names; none means every registered algorithm.
+        options: Options of the algorithm; needs exactly one algorithm.
+        output: Write the compressed tensors (or, with ``decompress``, the decompressed ones) there.
+        decompress: Turn a compressed file back into a plain one.
+        fused: Measure all tensors as one buffer rather than one by one.
+        console: Where to print; standard output by default.
+
+    Returns:
+        0, the process's exit code.
+
+    Raises:
+        ValueError: A file, name or option is wrong, or the arguments do not go together.
+    """
+    console = console or Console()
+    if decompress:
+        if output is None:
+            raise ValueError("decompressing needs a place to write to: give --output FILE")
+        if algorithms or options:
+            raise ValueError("a compressed file says which algorithm wrote it: leave out --algorithm and --option")
+        restored, metadata = read_compressed(file)
+        write_bytes(output, save(restored, metadata=metadata))
+        console.print(f"{output}: {len(restored)} tensors decompressed")
+        return 0
+    if (options or output) and len(algorithms) != 1:
+        what = "--output" if output else "--option"
+        raise ValueError(f"{what} needs exactly one --algorithm, got {len(algorithms)}")
+    chosen = [create_compression_algorithm(name, options) for name in algorithms or known_algorithms()]
+    tensors, metadata = read_tensors(file)
+    floating = sum(tensor.is_floating_point() for tensor in tensors.values())
+    title = f"{file.name}: {floating} floating tensors of {len(tensors)}"
+    console.print(render([measure(tensors.values(), algorithm, fused=fused) for algorithm in chosen], title=title))
+    if output is not None:
+        written = write_compressed(output, tensors, chosen[0], metadata=metadata)
+        console.print(f"{output}: {written:,} bytes, from {file.stat().st_size:,}")
+    return 0
+
+
+def parse_option(text: str) -> tuple[str, int | float | str]:
+    """``"block_size=2048"`` to ``("block_size", 2048)``: an integer, a float, or else the text itself."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"an option is NAME=VALUE, for example block_size=2048; got {text!r}")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse arguments and run :func:`app_function`; returns the exit code, 2 for wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m penstock.compression",
+        description="Compress the tensors of a safetensors file; report ratio, relative error and time.",
+        epilog="example: python -m penstock.compression model.safetensors --algorithm onebit --option block_size=2048",
+    )
+    parser.add_argument("file", type=Path, help="a .safetensors file")
+    parser.add_argument("--algorithm", action="append", default=[], metavar="NAME", help="repeatable; default: all")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the algorithm")
+    parser.add_argument("--output", type=Path, help="write the compressed (or decompressed) tensors here")
+    parser.add_argument("--decompress", action="store_true", help="turn a compressed file back into a plain one")
+    parser.add_argument("--per-tensor", action="store_true", help="measure tensor by tensor, not as one buffer")
+    arguments = parser.parse_args(argv)
+    try:
+        return app_function(
+            arguments.file,
+            algorithms=arguments.algorithm,
+            options=dict(parse_option(text) for text in arguments.option),
+            output=arguments.output,
+            decompress=arguments.decompress,
+            fused=not arguments.per_tensor,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
