@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from penstock._core.meter import ACTIVATIONS, CONTROL, REPLICAS, TIED
+from penstock.runtime.units import percent, quantity
 
 _KIND_TITLES = {
     REPLICAS: "between replicas",
@@ -13,7 +14,6 @@ _KIND_TITLES = {
     ACTIVATIONS: "activations",
     CONTROL: "control",
 }
-_UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def summarize(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,19 +92,12 @@ def _bytes(measured: Mapping[str, int], plain_replicas: int) -> dict[str, Any]:
 
 
 def _number(value: float | None, unit: str = "") -> str:
-    """Three significant digits with a decimal prefix: ``12.3 MB``; an empty cell for what is not known."""
+    """A cell of the table; empty for what is not known."""
     if value is None:
         return ""
     if unit == "%":
-        return f"{100 * value:.1f} %"
-    if unit == "s":
-        return f"{value:.1f} s"
-    size, prefix = float(value), 0
-    # 999.5 and more would round to four digits
-    while abs(size) >= 999.5 and prefix < len(_UNITS) - 1:
-        size, prefix = size / 1000, prefix + 1
-    digits = f"{size:.0f}" if prefix == 0 and size == int(size) else f"{size:.3g}"
-    return f"{digits} {_UNITS[prefix]}{unit}".rstrip()
+        return percent(value)
+    return f"{value:.1f} s" if unit == "s" else quantity(value, unit)
 
 
 def _saving(line: Mapping[str, Any]) -> str:
@@ -112,4 +105,4 @@ def _saving(line: Mapping[str, Any]) -> str:
     if saved is None:
         return ""
     times = f" ({plain / spent:.1f}x fewer)" if spent and plain / spent >= 2 else ""
-    return f"{100 * saved:.1f} %{times}"
+    return percent(saved) + times
