@@ -1,0 +1,55 @@
+"""Gives one rank's value to all ranks of a group."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from penstock._core.meter import CONTROL, Meter
+from penstock._core.waiting import Watcher
+from penstock.pipe.frame import HEADER_BYTES, Address, Header, LayoutCache, read_layout, views, write_frame
+from penstock.pipe.value import flatten, to_device, unflatten
+
+
+def broadcast_value(
+    value: Any, *, source: int, group: dist.ProcessGroup, device: torch.device, watcher: Watcher, meter: Meter
+) -> Any:
+    """Send a value from one rank to all others. Collective.
+
+    Args:
+        value: Any nest that may pass between stages; ignored but on the source.
+        source: A rank of the group.
+        group: On gloo.
+        device: Where the others want their tensors; they all arrive there.
+        watcher: Told of the wait.
+        meter: Counts the bytes (``control``).
+
+    Returns:
+        The value; on the source, the very one given.
+    """
+    mine = dist.get_rank(group) == source
+    cache = LayoutCache()
+    address = Address("F", 0, 0, 0)
+    head = torch.zeros(HEADER_BYTES, dtype=torch.uint8)
+    frame = head
+    if mine:
+        structure, tensors = flatten(value, what="the output")
+        tensors = [tensor.detach().cpu() for tensor in tensors]
+        layout = cache.of(structure, tensors, [False] * len(tensors))
+        header = layout.header(address, ())
+        frame = torch.zeros(header.frame_bytes, dtype=torch.uint8)
+        write_frame(frame, None, header, layout, (), tensors)
+        head = frame[:HEADER_BYTES].clone()
+    with watcher.waiting("broadcast of outputs", peer=None if mine else dist.get_global_rank(group, source)):
+        dist.broadcast(head, group=group, group_src=source)
+        header = Header.read(head.numpy().data, address)
+        if not mine:
+            frame = torch.empty(header.frame_bytes, dtype=torch.uint8)
+        dist.broadcast(frame, group=group, group_src=source)
+    nbytes = HEADER_BYTES + frame.nbytes
+    if mine:
+        meter.count(CONTROL, sent=nbytes)
+        return value
+    meter.count(CONTROL, received=nbytes)
+    layout = read_layout(frame, header, cache)
+    return to_device(unflatten(layout.structure, views(frame, None, header.data_start, layout)), device)

@@ -1,0 +1,380 @@
+"""Runs a schedule: the forward and backward passes of one optimizer step over the ranks of a pipeline.
+
+A rank goes through its program, one action after the other::
+
+    RECV_F  wait for the input of a stage           -> mailbox
+    F       mailbox -> forward pass                 -> outbox, and kept in flight
+    SEND_F  outbox -> the next stage, without waiting for it
+    RECV_B  wait for the gradient of the output     -> mailbox
+    B       mailbox, in flight -> backward pass     -> outbox
+    SEND_B  outbox -> the stage before, without waiting for it
+
+Neighbouring stages on the same rank go from mailbox to mailbox. After the last action come the sum of tied gradients,
+the exchange over replicas and the mean loss.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from penstock._core.batch_key import BatchKey
+from penstock._core.meter import CONTROL, Meter
+from penstock._core.protocols import GradientExchange
+from penstock._core.waiting import Watcher
+from penstock.pipe.agreement import agree
+from penstock.pipe.broadcast import broadcast_value
+from penstock.pipe.facts import engine_facts
+from penstock.pipe.frame import Address
+from penstock.pipe.groups import PipeGroups
+from penstock.pipe.loss import LossFn, loss_of
+from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.program import Program
+from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
+from penstock.pipe.stage import Stage
+from penstock.pipe.step import InFlight, StepResult, StepState
+from penstock.pipe.tied import TiedGradients
+from penstock.pipe.transport import Received, Transport
+from penstock.pipe.value import flatten, to_device, unflatten
+
+
+class PipelineEngine:
+    """Computes losses and gradients of one rank's stages, together with the other ranks.
+
+    It neither clears gradients nor steps an optimizer: clear ``.grad`` before :meth:`train_step`, step after it.
+    Before the first step all ranks compare what they were given.
+
+    Args:
+        stages: This rank's stage, or stages in model order where the schedule places several on it.
+        schedule: A name, or a schedule for this number of stages and micro-batches.
+        micro_batches: Micro-batches per step and replica.
+        groups: From the topology; collective.
+        exchange: Communicates gradients over replicas, and scales them also where there is only one.
+        loss_fn: ``loss_fn(output, targets)``, called on the last stage; None where the model returns its loss.
+        watcher: Told of every wait, and of errors. None makes one that is not started.
+        meter: None makes one.
+        seed: The run's seed, for the layers that draw random numbers.
+        device: Where batches are moved to.
+
+    Raises:
+        ValueError: Stages, schedule and topology do not fit together.
+    """
+
+    def __init__(
+        self,
+        stages: Stage | Sequence[Stage],
+        *,
+        micro_batches: int,
+        groups: PipeGroups,
+        exchange: GradientExchange,
+        schedule: str | Schedule = "1f1b",
+        loss_fn: LossFn | None = None,
+        watcher: Watcher | None = None,
+        meter: Meter | None = None,
+        seed: int = 1234,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        local = [stages] if isinstance(stages, Stage) else list(stages)
+        if not local:
+            raise ValueError("an engine needs at least one stage")
+        if isinstance(schedule, str):
+            schedule = get_schedule(schedule, local[0].num_stages, micro_batches)
+        _check_fit(local, schedule, micro_batches, groups)
+        self.stages = {stage.index: stage for stage in local}
+        self.schedule = schedule
+        self.micro_batches = micro_batches
+        self.groups = groups
+        self.exchange = exchange
+        self.loss_fn = loss_fn
+        self.watcher = watcher or Watcher(rank=groups.rank)
+        self.meter = meter or Meter()
+        self.seed = seed
+        self.device = torch.device(device)
+        self._program = Program.of(schedule, groups.pipe_rank)
+        self._forward_programs: dict[int, Program] = {}
+        # A stage runs at most this far ahead of its neighbour under 1F1B; with more room GPipe only fills memory.
+        window = max(4, schedule.num_stages + 1)
+        self._transport = Transport(
+            groups.pipe_rank, groups.routes, watcher=self.watcher, meter=self.meter, window=window
+        )
+        self._tied = TiedGradients(local, groups.tied, watcher=self.watcher, meter=self.meter)
+        tied = self._tied.ids
+        self._untied = {
+            stage.index: [p for _, p in stage.canonical_parameters() if p.requires_grad and id(p) not in tied]
+            for stage in local
+        }
+        self._agreed = groups.store is None
+
+    def train_step(self, batches: Sequence[MicroBatch], *, step: int) -> StepResult:
+        """Forward and backward passes of one step; leaves the gradient of the global batch in ``.grad``.
+
+        Args:
+            batches: This replica's micro-batches, in order; ranks between the first and the last stage may leave
+                inputs and targets None.
+            step: Optimizer step, the same on every rank.
+
+        Raises:
+            ValueError: A wrong number of micro-batches, a loss that is no scalar, a stage output that cannot be sent,
+                ranks with different settings.
+            WaitError: A peer is gone or late.
+        """
+        start = time.perf_counter()
+        before = dict(self.meter.seconds)
+        state = StepState(batches, step, backward=True, targets_used=True)
+        with self._failures_reported(state):
+            self._prepare(len(batches), self.micro_batches)
+            weight = 1.0 / (self.micro_batches * self.groups.num_replicas)
+            self.exchange.begin_step(lambda: weight)
+            self._run(self._program, state)
+            total = self._start_mean(state.losses)
+            self._tied.sum()
+            self.exchange.ready(self._tied.parameters)
+            with self.meter.timed("wait_replicas"), self.watcher.waiting("exchange of gradients"):
+                self.exchange.finish()
+            self._transport.drain()
+            loss = self._finish_mean(total)
+        spent = {name: seconds - before.get(name, 0.0) for name, seconds in self.meter.seconds.items()}
+        return StepResult(
+            loss=loss,
+            seconds=time.perf_counter() - start,
+            compute_seconds=spent.get("compute", 0.0),
+            bubble_seconds=spent.get("wait_forward", 0.0) + spent.get("wait_backward", 0.0),
+        )
+
+    def eval_step(self, batches: Sequence[MicroBatch], *, step: int = 0) -> float:
+        """Mean loss over all replicas' micro-batches, in eval mode and without gradients; the same on every rank.
+
+        Args:
+            batches: As for :meth:`train_step`, but any number, the same along a pipeline.
+            step: For the layers' keys.
+        """
+        state = StepState(batches, step, backward=False, targets_used=True)
+        with self._failures_reported(state), self._evaluating():
+            self._prepare(len(batches))
+            self._run(self._forward_program(len(batches)), state)
+            total = self._start_mean(state.losses)
+            self._transport.drain()
+            return self._finish_mean(total)
+
+    def predict_step(
+        self, batches: Sequence[MicroBatch], *, step: int = 0, broadcast: bool = False
+    ) -> list[Any] | None:
+        """Outputs of the last stage for every micro-batch, in order, in eval mode and without gradients.
+
+        Args:
+            batches: As for :meth:`eval_step`; targets are not used.
+            step: For the layers' keys.
+            broadcast: Give the outputs to every rank of the pipeline. It must be the same on all of them.
+
+        Returns:
+            The outputs of this replica's micro-batches; without ``broadcast``, None on ranks without the last stage.
+        """
+        state = StepState(batches, step, backward=False, targets_used=False)
+        with self._failures_reported(state), self._evaluating():
+            self._prepare(len(batches))
+            self._run(self._forward_program(len(batches)), state)
+            self._transport.drain()
+            source = self.schedule.placement[-1]
+            outputs = [state.outputs[i] for i in range(len(batches))] if source == self.groups.pipe_rank else None
+            if broadcast and self.groups.pipeline is not None:
+                outputs = broadcast_value(
+                    outputs,
+                    source=source,
+                    group=self.groups.pipeline,
+                    device=self.device,
+                    watcher=self.watcher,
+                    meter=self.meter,
+                )
+            return outputs
+
+    def _prepare(self, given: int, expected: int | None = None) -> None:
+        if given == 0 or (expected is not None and given != expected):
+            raise ValueError(
+                f"got {given} micro-batches, but a step of this engine has {expected or 'at least 1'} per replica; "
+                "split the batch accordingly, or make the engine with another number"
+            )
+        if not self._agreed:
+            assert self.groups.store is not None
+            facts = engine_facts(list(self.stages.values()), self.schedule, self.micro_batches, self.seed)
+            agree(
+                "the pipeline",
+                facts,
+                store=self.groups.store,
+                rank=self.groups.rank,
+                world_size=self.groups.topology.world_size(),
+                watcher=self.watcher,
+            )
+            self._agreed = True
+
+    def _forward_program(self, micro_batches: int) -> Program:
+        program = self._forward_programs.get(micro_batches)
+        if program is None:
+            program = self._forward_programs[micro_batches] = self._program.forward_only(micro_batches)
+        return program
+
+    def _run(self, program: Program, state: StepState) -> None:
+        self._transport.begin(program.messages)
+        for action, channel in program.steps:
+            state.action = action
+            stage, op, micro_batch = action
+            if channel is not None:
+                self._communicate(action, channel, state)
+                continue
+            start = time.perf_counter()
+            if op == "F":
+                self._forward(self.stages[stage], micro_batch, state)
+            else:
+                if micro_batch == program.last_backward[stage]:
+                    self.exchange.arm(self._untied[stage])
+                self._backward(self.stages[stage], micro_batch, state)
+            self.meter.add_seconds("compute", time.perf_counter() - start)
+        state.action = None
+
+    def _communicate(self, action: Action, channel: Channel, state: StepState) -> None:
+        stage, op, micro_batch = action
+        direction = op[-1]
+        index = state.batches[micro_batch].index
+        if op.startswith("RECV"):
+            address = Address(direction, stage, state.number, index)
+            state.mailbox[direction, stage, micro_batch] = self._transport.receive(channel, address)
+            return
+        value = state.outbox.pop((direction, stage, micro_batch))
+        address = Address(direction, stage + 1 if direction == "F" else stage - 1, state.number, index)
+        self._transport.send(channel, address, value.structure, value.tensors, value.positions)
+
+    def _forward(self, stage: Stage, micro_batch: int, state: StepState) -> None:
+        batch = state.batches[micro_batch]
+        leaves: list[Tensor] = []
+        positions = batch.positions
+        if stage.is_first:
+            value = batch.inputs if self.device.type == "cpu" else to_device(batch.inputs, self.device)
+        else:
+            arrived = state.mailbox.pop(("F", stage.index, micro_batch))
+            positions = arrived.positions or positions
+            if state.backward:
+                wanted = zip(arrived.tensors, arrived.requires_grad, strict=True)
+                leaves = [tensor.requires_grad_() for tensor, wants in wanted if wants]
+            value = unflatten(arrived.structure, arrived.tensors)
+            del arrived
+        output = stage(value, BatchKey(self.seed, state.number, batch.index, positions))
+        if stage.is_last:
+            outputs = self._finish_forward(stage, micro_batch, output, state)
+        else:
+            structure, tensors = flatten(output, what=f"the output of stage {stage.index}")
+            self._pass_on("F", stage.index, micro_batch, Received(structure, tensors, (), positions), state)
+            outputs = [tensor for tensor in tensors if tensor.requires_grad]
+        if state.backward:
+            state.in_flight[stage.index, micro_batch] = InFlight(leaves, outputs)
+
+    def _finish_forward(self, stage: Stage, micro_batch: int, output: Any, state: StepState) -> list[Tensor]:
+        """The end of the model: the loss, or the output kept for a prediction."""
+        if not state.targets_used:
+            state.outputs[micro_batch] = output
+            return []
+        batch = state.batches[micro_batch]
+        targets = batch.targets if self.device.type == "cpu" else to_device(batch.targets, self.device)
+        loss = loss_of(output, targets, self.loss_fn, stage=stage.index)
+        if batch.weight != 1.0:
+            loss = loss * batch.weight
+        if state.backward and not loss.requires_grad:
+            raise ValueError(
+                f"stage {stage.index}: the loss depends on no parameter that requires a gradient; "
+                "was it detached, or is every parameter frozen?"
+            )
+        state.losses.append(loss.detach())
+        return [loss]
+
+    def _backward(self, stage: Stage, micro_batch: int, state: StepState) -> None:
+        passed = state.in_flight.pop((stage.index, micro_batch))
+        if stage.is_last:
+            passed.outputs[0].backward()
+        else:
+            arrived = state.mailbox.pop(("B", stage.index, micro_batch))
+            gradients = unflatten(arrived.structure, arrived.tensors)
+            pairs = [pair for pair in zip(passed.outputs, gradients, strict=True) if pair[1] is not None]
+            if pairs:
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        if not stage.is_first:
+            structure, tensors = flatten([leaf.grad for leaf in passed.leaves])
+            self._pass_on("B", stage.index, micro_batch, Received(structure, tensors, (), ()), state)
+
+    def _pass_on(self, direction: str, stage: int, micro_batch: int, value: Received, state: StepState) -> None:
+        """Put a value where the neighbouring stage, here or on another rank, will take it from."""
+        to = stage + 1 if direction == "F" else stage - 1
+        if to not in self.stages:
+            state.outbox[direction, stage, micro_batch] = value
+            return
+        wants = tuple(tensor.requires_grad for tensor in value.tensors)
+        tensors = [tensor.detach() for tensor in value.tensors]
+        state.mailbox[direction, to, micro_batch] = Received(value.structure, tensors, wants, value.positions)
+
+    def _start_mean(self, losses: Sequence[Tensor]) -> tuple[Tensor, dist.Work | None]:
+        """Start summing losses and their number over all ranks; those without the last stage add nothing."""
+        total = torch.zeros(2, dtype=torch.float64)
+        if losses:
+            total[0] = torch.stack(list(losses)).double().sum()
+            total[1] = len(losses)
+        if self.groups.control is None:
+            return total, None
+        self.meter.all_reduce(CONTROL, total.nbytes, self.groups.topology.world_size())
+        return total, dist.all_reduce(total, group=self.groups.control, async_op=True)
+
+    def _finish_mean(self, pending: tuple[Tensor, dist.Work | None]) -> float:
+        total, work = pending
+        if work is not None:
+            with self.meter.timed("wait_loss"), self.watcher.waiting("mean loss"):
+                work.wait()
+        return float(total[0] / total[1])
+
+    @contextmanager
+    def _failures_reported(self, state: StepState) -> Iterator[None]:
+        """Say where an error happened, and tell the other ranks."""
+        try:
+            yield
+        except BaseException as error:
+            where = f"rank {self.groups.rank}, step {state.number}"
+            if state.action is not None:
+                stage, op, micro_batch = state.action
+                where += f", stage {stage}, {op}, micro-batch {state.batches[micro_batch].index}"
+            error.add_note(f"(penstock: {where})")
+            self.watcher.report(error)
+            raise
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode without gradients; each module gets back the mode that it had."""
+        modes = [(module, module.training) for stage in self.stages.values() for module in stage.modules()]
+        for stage in self.stages.values():
+            stage.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _check_fit(stages: Sequence[Stage], schedule: Schedule, micro_batches: int, groups: PipeGroups) -> None:
+    if schedule.micro_batches != micro_batches:
+        raise ValueError(
+            f"schedule {schedule.name!r} is for {schedule.micro_batches} micro-batches, "
+            f"but the engine was given micro_batches={micro_batches}"
+        )
+    if schedule.num_ranks != groups.num_pipe_ranks:
+        raise ValueError(
+            f"schedule {schedule.name!r} is for {schedule.num_ranks} pipeline ranks, "
+            f"but the topology's pipe axis has {groups.num_pipe_ranks}"
+        )
+    held = tuple(stage.index for stage in stages)
+    placed = schedule.stages_of(groups.pipe_rank)
+    if held != placed or any(stage.num_stages != schedule.num_stages for stage in stages):
+        raise ValueError(
+            f"schedule {schedule.name!r} of {schedule.num_stages} stages places stages {list(placed)} on pipeline rank "
+            f"{groups.pipe_rank}, but it was given stages {list(held)} of {stages[0].num_stages}"
+        )
+    if schedule.forward_only:
+        raise ValueError(f"schedule {schedule.name!r} only runs forward; training needs one such as '1f1b'")

@@ -1,0 +1,299 @@
+"""One message per hop: header, structure, tensor descriptions and data in one frame.
+
+::
+
+    0        64                 ..                     aligned to 64
+    | header | positions (int64) | preamble (JSON bytes) | tensor | tensor | ...
+
+The *preamble* is the value's structure with dtype, shape and flags of each tensor. It repeats while shapes do, so both
+sides keep what follows from it. Nothing else about the peer's next message is assumed: structure, shapes and dtypes
+may change at every micro-batch. Each tensor starts at a multiple of 64 bytes.
+
+Where tensors live on a GPU, their data travels apart from the frame, in a *payload* of the same form; the frame
+then ends with the preamble and says how long the payload is.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.pipe.buffers import ALIGNMENT
+from penstock.pipe.value import Structure, structure_from_json, structure_to_json
+
+HEADER_BYTES: Final = 64
+_HEADER: Final = struct.Struct("<4sHBBqqqqIIQ")
+_MAGIC: Final = b"PSTK"
+_VERSION: Final = 1
+_CACHE_LIMIT: Final = 512
+
+_DTYPES: Final = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+        *(torch.bool, torch.complex64, torch.complex128),
+    )
+}
+_NAMES: Final = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class FrameError(ValueError):
+    """A frame is not what its receiver expected: damaged, or of another step, micro-batch or direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a frame carries, for which stage.
+
+    Attributes:
+        direction: ``"F"`` for a stage's input, ``"B"`` for the gradient of a stage's output.
+        stage: The stage that receives it.
+        step: Optimizer step.
+        micro_batch: Index of the micro-batch in the global batch.
+    """
+
+    direction: str
+    stage: int
+    step: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        kind = "activation" if self.direction == "F" else "gradient"
+        return f"{kind} for stage {self.stage}, step {self.step}, micro-batch {self.micro_batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The fixed part of a frame.
+
+    Attributes:
+        address: What the frame carries, for which stage.
+        positions: How many sample positions follow.
+        preamble_bytes: Length of the preamble.
+        inline_bytes: Length of the tensors in the frame.
+        apart_bytes: Length of the payload that travels apart.
+    """
+
+    address: Address
+    positions: int
+    preamble_bytes: int
+    inline_bytes: int
+    apart_bytes: int
+
+    @property
+    def data_start(self) -> int:
+        """Where the tensors start, in bytes."""
+        return _align(HEADER_BYTES + 8 * self.positions + self.preamble_bytes)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Length of the whole frame."""
+        return self.data_start + self.inline_bytes
+
+    def write(self, frame: memoryview) -> None:
+        """Pack into the first bytes of a frame."""
+        where = self.address
+        _HEADER.pack_into(
+            *(frame, 0, _MAGIC, _VERSION, ord(where.direction), 0, where.stage, where.step, where.micro_batch),
+            *(self.inline_bytes, self.positions, self.preamble_bytes, self.apart_bytes),
+        )
+
+    @classmethod
+    def read(cls, frame: memoryview, expected: Address) -> "Header":
+        """Unpack, and check that the frame is the one expected.
+
+        Raises:
+            FrameError: The bytes are no frame of this version, or the frame is another one; both are named.
+        """
+        magic, version, direction, _, stage, step, micro_batch, inline, positions, preamble, apart = (
+            _HEADER.unpack_from(frame)
+        )
+        if magic != _MAGIC or version != _VERSION:
+            raise FrameError(
+                f"expected the {expected}, but the message is no frame of version {_VERSION} (it begins with "
+                f"{bytes(frame[:6]).hex()}); all ranks must run the same version of penstock"
+            )
+        found = Address(chr(direction), stage, step, micro_batch)
+        if found != expected:
+            raise FrameError(
+                f"expected the {expected}, but received the {found}; "
+                "all ranks must be given the same step, schedule and micro-batches"
+            )
+        if inline < 0 or apart < 0:
+            raise FrameError(f"the {found} arrived damaged: negative lengths")
+        return cls(found, positions, preamble, inline, apart)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What follows from a preamble: the structure, and where each tensor lies.
+
+    Attributes:
+        structure: See :mod:`penstock.pipe.value`.
+        dtypes: Of each tensor.
+        shapes: Of each tensor.
+        strides: Of each tensor: contiguous.
+        requires_grad: For each tensor, whether the sender wants its gradient.
+        apart: For each tensor, whether it travels in the payload.
+        offsets: In elements, from the start of the frame's data or of the payload.
+        inline_bytes: Length of the tensors in the frame.
+        apart_bytes: Length of the payload.
+        preamble: The bytes that say all this.
+    """
+
+    structure: Structure
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    requires_grad: tuple[bool, ...]
+    apart: tuple[bool, ...]
+    offsets: tuple[int, ...]
+    inline_bytes: int
+    apart_bytes: int
+    preamble: bytes
+
+    def header(self, address: Address, positions: Sequence[int]) -> Header:
+        """The header of a frame with this layout."""
+        return Header(address, len(positions), len(self.preamble), self.inline_bytes, self.apart_bytes)
+
+
+class LayoutCache:
+    """Layouts by what they are made from, so that repeating shapes cost a look-up. Bounded."""
+
+    def __init__(self) -> None:
+        self._by_value: dict[Any, Layout] = {}
+        self._by_preamble: dict[bytes, Layout] = {}
+
+    def of(self, structure: Structure, tensors: Sequence[Tensor], apart: Sequence[bool]) -> Layout:
+        """The layout of a value about to be sent.
+
+        Raises:
+            ValueError: A tensor's dtype cannot be sent.
+        """
+        facts = tuple((tensor.dtype, tensor.shape, tensor.requires_grad) for tensor in tensors)
+        key = (structure, facts, tuple(apart))
+        layout = self._by_value.get(key)
+        if layout is None:
+            for dtype, _, _ in facts:
+                if dtype not in _NAMES:
+                    raise ValueError(f"a tensor of {dtype} cannot be sent between stages; known: {', '.join(_DTYPES)}")
+            described = [
+                [_NAMES[dtype], list(shape), int(grad), int(away)]
+                for (dtype, shape, grad), away in zip(facts, apart, strict=True)
+            ]
+            text = json.dumps([structure_to_json(structure), described], separators=(",", ":"))
+            layout = _layout(structure, described, text.encode())
+            _remember(self._by_value, key, layout)
+        return layout
+
+    def parse(self, preamble: bytes) -> Layout:
+        """The layout of a value just received.
+
+        Raises:
+            FrameError: The preamble does not make sense.
+        """
+        layout = self._by_preamble.get(preamble)
+        if layout is None:
+            try:
+                structure, described = json.loads(preamble)
+                layout = _layout(structure_from_json(structure), described, preamble)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise FrameError(
+                    f"a frame arrived with a damaged preamble ({type(error).__name__}: {error})"
+                ) from error
+            _remember(self._by_preamble, preamble, layout)
+        return layout
+
+
+def write_frame(
+    frame: Tensor,
+    payload: Tensor | None,
+    header: Header,
+    layout: Layout,
+    positions: Sequence[int],
+    tensors: list[Tensor],
+) -> None:
+    """Fill a frame (uint8, on the CPU) and, where some tensors travel apart, the payload."""
+    text = frame.numpy().data
+    header.write(text)
+    at = HEADER_BYTES
+    if positions:
+        at += 8 * len(positions)
+        text[HEADER_BYTES:at] = np.asarray(positions, dtype=np.int64).tobytes()
+    text[at : at + len(layout.preamble)] = layout.preamble
+    for place, tensor in zip(views(frame, payload, header.data_start, layout), tensors, strict=True):
+        place.copy_(tensor.detach())
+
+
+def read_positions(frame: Tensor, header: Header) -> tuple[int, ...]:
+    """The sample positions that a frame carries."""
+    if not header.positions:
+        return ()
+    array = np.frombuffer(frame.numpy(), dtype=np.int64, count=header.positions, offset=HEADER_BYTES)
+    return tuple(array.tolist())
+
+
+def read_layout(frame: Tensor, header: Header, cache: LayoutCache) -> Layout:
+    """The layout that a frame's preamble describes, checked against the header."""
+    start = HEADER_BYTES + 8 * header.positions
+    layout = cache.parse(frame.numpy()[start : start + header.preamble_bytes].tobytes())
+    if (layout.inline_bytes, layout.apart_bytes) != (header.inline_bytes, header.apart_bytes):
+        raise FrameError(
+            f"the {header.address} arrived damaged: its header announces {header.inline_bytes} bytes and "
+            f"{header.apart_bytes} apart, its preamble {layout.inline_bytes} and {layout.apart_bytes}"
+        )
+    return layout
+
+
+def views(frame: Tensor, payload: Tensor | None, data_start: int, layout: Layout) -> list[Tensor]:
+    """The tensors that lie in a frame and its payload. Each has its own version counter: none is a view to autograd."""
+    storage = frame.untyped_storage()
+    result = []
+    places = zip(layout.dtypes, layout.shapes, layout.strides, layout.offsets, layout.apart, strict=True)
+    for dtype, shape, stride, offset, apart in places:
+        if apart:
+            assert payload is not None
+            empty = torch.empty(0, dtype=dtype, device=payload.device)
+            result.append(empty.set_(payload.untyped_storage(), offset, shape, stride))
+        else:
+            empty = torch.empty(0, dtype=dtype)
+            result.append(empty.set_(storage, data_start // dtype.itemsize + offset, shape, stride))
+    return result
+
+
+def _layout(structure: Structure, described: list[list[Any]], preamble: bytes) -> Layout:
+    ends = [0, 0]  # of the tensors in the frame, and of those apart
+    offsets = []
+    for name, shape, _, apart in described:
+        itemsize = _DTYPES[name].itemsize
+        offsets.append(ends[apart] // itemsize)
+        ends[apart] = _align(ends[apart] + prod(shape) * itemsize)
+    return Layout(
+        structure=structure,
+        dtypes=tuple(_DTYPES[name] for name, _, _, _ in described),
+        shapes=tuple(tuple(shape) for _, shape, _, _ in described),
+        strides=tuple(tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))) for _, shape, _, _ in described),
+        requires_grad=tuple(bool(grad) for _, _, grad, _ in described),
+        apart=tuple(bool(apart) for _, _, _, apart in described),
+        offsets=tuple(offsets),
+        inline_bytes=ends[0],
+        apart_bytes=ends[1],
+        preamble=preamble,
+    )
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _remember(cache: dict[Any, Layout], key: Any, layout: Layout) -> None:
+    if len(cache) >= _CACHE_LIMIT:  # shapes that never repeat would fill memory; those that do are soon back
+        cache.clear()
+    cache[key] = layout

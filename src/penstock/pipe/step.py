@@ -1,0 +1,70 @@
+"""What one step is made of while it runs, and what it came to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.schedule import Action
+from penstock.pipe.transport import Received
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a training step came to.
+
+    Attributes:
+        loss: Mean over the global batch; the same bits on every rank.
+        seconds: Wall-clock of the step on this rank.
+        compute_seconds: Spent in forward and backward passes (on a GPU: in launching them).
+        bubble_seconds: Spent waiting for activations and gradients of neighbouring stages.
+    """
+
+    loss: float
+    seconds: float
+    compute_seconds: float
+    bubble_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """What the backward pass of one micro-batch on one stage needs.
+
+    Attributes:
+        leaves: Inputs whose gradient the stage before wants.
+        outputs: What the next stage was told wants a gradient; on the last stage, the loss.
+    """
+
+    leaves: list[Tensor]
+    outputs: list[Tensor]
+
+
+@dataclass(slots=True)
+class StepState:
+    """The state of one pass through a program.
+
+    Attributes:
+        batches: This rank's micro-batches.
+        number: Optimizer step.
+        backward: Whether gradients are wanted.
+        targets_used: Whether the last stage computes a loss; otherwise its outputs are kept.
+        mailbox: Values that arrived, by direction, stage and micro-batch.
+        outbox: Values to be sent, likewise, by the stage that sends.
+        in_flight: By stage and micro-batch, from F to B.
+        losses: Detached, of the micro-batches done so far.
+        outputs: Of the last stage, by micro-batch.
+        action: Under way, for error messages.
+    """
+
+    batches: Sequence[MicroBatch]
+    number: int
+    backward: bool
+    targets_used: bool
+    mailbox: dict[tuple[str, int, int], Received] = field(default_factory=dict)
+    outbox: dict[tuple[str, int, int], Received] = field(default_factory=dict)
+    in_flight: dict[tuple[int, int], InFlight] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    action: Action | None = None
