@@ -36,8 +36,10 @@ class GatherTokens(Function):
         ctx.save_for_backward(sorted_indices)
         ctx.batch_first, ctx.shape = batch_first, activations.shape
         rows = flat_rows(sorted_indices, batch, length, batch_first).to(activations.device)
-        kept_shape = _kept_shape(activations.shape, sorted_indices.shape[1], batch_first)
-        return activations, activations.flatten(0, 1).index_select(0, rows).view(kept_shape)
+        # Filled through a view, so that the output itself is none and a layer may change it in place.
+        gathered = activations.new_empty(_kept_shape(activations.shape, sorted_indices.shape[1], batch_first))
+        torch.index_select(activations.flatten(0, 1), 0, rows, out=gathered.flatten(0, 1))
+        return activations, gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -86,8 +88,9 @@ class ScatterTokens(Function):
         ctx.save_for_backward(sorted_indices)
         ctx.batch_first, ctx.layer_dtype = batch_first, layer_activations.dtype
         rows = flat_rows(sorted_indices, batch, length, batch_first).to(all_activations.device)
-        tokens = layer_activations.to(all_activations.dtype).flatten(0, 1)
-        return all_activations.flatten(0, 1).index_copy(0, rows, tokens).view(all_activations.shape)
+        merged = all_activations.clone(memory_format=torch.contiguous_format)
+        merged.flatten(0, 1).index_copy_(0, rows, layer_activations.to(merged.dtype).flatten(0, 1))
+        return merged
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

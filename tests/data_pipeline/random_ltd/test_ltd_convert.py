@@ -1,0 +1,136 @@
+import pytest
+import torch
+from torch import nn
+
+from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, convert_to_random_ltd, save_without_random_ltd
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        return hidden + self.linear(hidden)
+
+
+class Wide(Block):
+    pass
+
+
+class Nested(Block):
+    def __init__(self):
+        super().__init__()
+        self.inner = Block()
+
+
+class Model(nn.Module):
+    def __init__(self, layers=12):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def config(ids, total=12):
+    return {
+        "total_layer_num": total,
+        "random_ltd_layer_num": len(ids),
+        "random_ltd_layer_id": list(ids),
+        "random_ltd_schedule": {
+            "min_value": 8,
+            "max_value": 32,
+            "schedule_config": {"require_steps": 10, "seq_per_step": 8},
+        },
+    }
+
+
+def wrapped(model):
+    return [name for name, module in model.named_modules() if isinstance(module, RandomLayerTokenDrop)]
+
+
+def test_by_class():
+    model = Model(3)
+    assert convert_to_random_ltd(model, Block) is model
+    assert wrapped(model) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [block.layer_id for block in model.blocks] == [0, 1, 2]
+    assert [block.reserved_length for block in model.blocks] == [None] * 3
+
+
+def test_by_exact_name_so_that_1_is_not_10():
+    model = convert_to_random_ltd(Model(), "blocks.1")
+    assert wrapped(model) == ["blocks.1"]
+
+
+def test_by_several_names_and_classes():
+    model = Model(3)
+    model.blocks.append(Wide())
+    convert_to_random_ltd(model, ("blocks.0", Wide))
+    assert wrapped(model) == ["blocks.0", "blocks.3"]
+
+
+def test_the_config_chooses_by_number():
+    model = convert_to_random_ltd(Model(), Block, config([1, 10]))
+    assert wrapped(model) == ["blocks.1", "blocks.10"]
+    assert [model.blocks[i].layer_id for i in (1, 10)] == [1, 10]
+    assert model.blocks[1].reserved_length == 8
+    assert wrapped(convert_to_random_ltd(Model(), Block, {**config([1]), "enabled": False})) == []
+
+
+def test_the_outermost_layer_is_wrapped_and_a_shared_one_once():
+    model = nn.Sequential(Nested(), Nested())
+    model.append(model[0])
+    convert_to_random_ltd(model, Block)
+    assert wrapped(model) == ["0", "1"]
+    assert model[2] is model[0]
+    assert model[1].layer_id == 1
+
+
+def test_the_model_itself_may_be_the_layer():
+    model = convert_to_random_ltd(Block(), Block)
+    assert isinstance(model, RandomLayerTokenDrop)
+
+
+@pytest.mark.parametrize("convert_type", [Block, "blocks.2", (Block,)])
+def test_the_state_dict_loads_in_the_original(convert_type):
+    torch.manual_seed(0)
+    model, original = convert_to_random_ltd(Model(), convert_type), Model()
+    state = save_without_random_ltd(model)
+    assert list(state) == list(original.state_dict()) == list(model.state_dict())
+    original.load_state_dict(state, strict=True)
+    x = torch.randn(2, 16, 3)
+    assert torch.equal(original(x), model(x))
+    other = convert_to_random_ltd(Model(), convert_type)
+    other.load_state_dict(original.state_dict(), strict=True)
+    assert torch.equal(other(x), model(x))
+
+
+def test_training_with_dropping_changes_the_output_and_eval_does_not():
+    torch.manual_seed(0)
+    original = Model()
+    model = convert_to_random_ltd(Model(), Block, config([3]))
+    model.load_state_dict(original.state_dict())
+    x = torch.randn(2, 16, 3)
+    assert not torch.equal(model(x), original(x))
+    model.eval()
+    assert torch.equal(model(x), original(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: convert_to_random_ltd(Model(), nn.Conv2d), "no layer of Conv2d; its modules are of Block, Linear"),
+        (lambda: convert_to_random_ltd(Model(), "blocks.12"), "unknown layer 'blocks.12'; did you mean 'blocks.2"),
+        (lambda: convert_to_random_ltd(Model(3), Block, config([1])), "total_layer_num=12, but the model has 3"),
+        (lambda: convert_to_random_ltd(convert_to_random_ltd(Model(), Block), Block), "converted .* already"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,174 @@
+import copy
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, RandomLTDConfig, RandomLTDScheduler
+
+
+def section(low=128, high=2048, steps=1000, multiple=16, **more):
+    return {
+        "enabled": True,
+        "total_layer_num": 24,
+        "random_ltd_layer_num": 22,
+        "random_ltd_layer_id": list(range(1, 23)),
+        "model_mask_name": "attention_mask",
+        "model_type": "decoder",
+        "hidden_state_order": "seq_batch_dim",
+        "random_ltd_schedule": {
+            "min_value": low,
+            "max_value": high,
+            "schedule_type": "fixed_linear",
+            "schedule_config": {"require_steps": steps, "seq_per_step": multiple},
+        },
+        **more,
+    }
+
+
+def deepspeed_formula(step, low, high, steps, multiple):
+    """Linear growth, rounded down twice: to a whole number and to a multiple."""
+    value = math.floor(step / steps * (high - low) + low)
+    return min(value - value % multiple, high)
+
+
+def test_it_is_deepspeeds_formula_where_that_has_no_edges():
+    scheduler = RandomLTDScheduler(section(steps=1024))  # a power of two: the formula's division is exact
+    for step in range(1100):
+        expected = deepspeed_formula(step, 128, 2048, 1024, 16)
+        assert scheduler.update_seq(step) == scheduler.get_current_seq() == expected
+
+
+@given(
+    low=st.integers(1, 300),
+    grow=st.integers(0, 3000),
+    steps=st.integers(1, 2000),
+    multiple=st.integers(1, 128),
+    step=st.integers(-1, 4000),
+)
+def test_never_below_the_minimum_never_above_the_maximum_and_there_at_the_end(low, grow, steps, multiple, step):
+    scheduler = RandomLTDScheduler(section(low, low + grow, steps, multiple))
+    value = scheduler.seq_at(step)
+    assert low <= value <= low + grow
+    assert scheduler.seq_at(step + 1) >= value
+    assert value % multiple == 0 or value in (low, low + grow)
+    if step >= steps:
+        assert value == low + grow
+    exact = low + min(max(step, 0) / steps, 1) * grow
+    assert value > exact - multiple - 1 or value == low
+
+
+def test_the_edges_that_deepspeed_has():
+    assert deepspeed_formula(0, 100, 1000, 10, 16) == 96
+    assert deepspeed_formula(10, 100, 1000, 10, 16) == 992
+    scheduler = RandomLTDScheduler(section(100, 1000, 10, 16))
+    assert scheduler.seq_at(0) == 100
+    assert scheduler.seq_at(10) == 1000
+
+
+def test_layer_tokens_are_counted_once_for_each_step():
+    scheduler = RandomLTDScheduler(section(128, 256, 4, 32, global_batch_size=8))
+    expected = 0
+    for step in range(6):
+        kept = [128, 160, 192, 224, 256, 256][step]
+        expected += 8 * (22 * kept + 2 * 256)
+        scheduler.update_seq(step)
+        scheduler.update_seq(step)
+        assert scheduler.consumed_layer_tokens == expected
+    fresh = RandomLTDScheduler(section(128, 256, 4, 32, global_batch_size=8))
+    assert fresh.get_total_layer_tokens(6) == expected
+    assert fresh.consumed_layer_tokens == 0
+    assert fresh.get_current_seq() == 128
+    assert fresh.get_total_layer_tokens(0) == 0
+
+
+def test_attached_layers_follow():
+    model = nn.Sequential(*(RandomLayerTokenDrop(nn.Linear(2, 2), i) for i in range(3)))
+    scheduler = RandomLTDScheduler(section(128, 256, 4, 32))
+    assert scheduler.attach(model) == 3
+    assert scheduler.attach(model[0]) == 0
+    assert [layer.reserved_length for layer in model] == [128] * 3
+    scheduler.update_seq(2)
+    assert [layer.reserved_length for layer in model] == [192] * 3
+    scheduler.reset_to_init()
+    assert [layer.reserved_length for layer in model] == [128] * 3
+    with pytest.raises(ValueError, match="Linear has no layer that drops tokens"):
+        scheduler.attach(nn.Linear(2, 2))
+
+
+def test_switched_off_it_keeps_everything():
+    layer = RandomLayerTokenDrop(nn.Linear(2, 2), reserved_length=5)
+    scheduler = RandomLTDScheduler(section(128, 256, 4, 32, enabled=False))
+    scheduler.attach(layer)
+    scheduler.update_seq(0)
+    assert layer.reserved_length is None
+    assert scheduler.get_current_seq() == 256
+
+
+def test_state_goes_round():
+    scheduler, layer = RandomLTDScheduler(section()), RandomLayerTokenDrop(nn.Linear(2, 2))
+    for step in range(500):
+        scheduler.update_seq(step)
+    other = RandomLTDScheduler(section())
+    other.attach(layer)
+    other.load_state_dict(scheduler.state_dict())
+    assert other.state_dict() == other.get_state() == scheduler.state_dict()
+    assert layer.reserved_length == scheduler.get_current_seq() > 128
+    scheduler.update_seq(500)
+    other.update_seq(500)
+    assert other.consumed_layer_tokens == scheduler.consumed_layer_tokens
+
+
+def test_a_state_of_another_schedule_is_refused():
+    scheduler = RandomLTDScheduler(section())
+    with pytest.raises(ValueError, match="max_value=2048, but the config says 128 and 1024"):
+        RandomLTDScheduler(section(high=1024)).set_state(scheduler.state_dict())
+    with pytest.raises(ValueError, match="lacks current_steps"):
+        scheduler.set_state({name: 0 for name in scheduler.state_dict() if name != "current_steps"})
+
+
+def test_deepspeeds_section_is_read_as_it_is():
+    config = RandomLTDConfig.model_validate(section())
+    assert config.random_ltd_layer_id == tuple(range(1, 23))
+    assert config.hidden_state_order == "seq_batch_dim"
+    more = section(global_batch_size=4, micro_batch_size=2, layer_token_lr_schedule={"enabled": False})
+    assert RandomLTDScheduler(more).config.global_batch_size == 4
+
+
+def changed(**paths):
+    new = copy.deepcopy(section())
+    for path, value in paths.items():
+        *parents, last = path.split("__")
+        inside = new
+        for parent in parents:
+            inside = inside[parent]
+        if value is None:
+            del inside[last]
+        else:
+            inside[last] = value
+    return new
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(random_ltd_layer_nums=3), "unknown key 'random_ltd_layer_nums'; did you mean 'random_ltd_layer_num'"),
+        (changed(random_ltd_schedule__min_vlaue=3), "random_ltd_schedule: unknown key 'min_vlaue'.*'min_value'"),
+        (changed(total_layer_num=None), "total_layer_num: Field required"),
+        (changed(random_ltd_layer_num=21), "random_ltd_layer_num=21 but random_ltd_layer_id lists 22 layers"),
+        (changed(total_layer_num=22), "random_ltd_layer_id=22 is not a layer: .* 0..21"),
+        (changed(random_ltd_layer_id=[1] * 22), r"lists \[1\] more than once"),
+        (changed(random_ltd_schedule__min_value=4096), "min_value=4096 is larger than max_value=2048"),
+        (changed(random_ltd_schedule__min_value=0), "min_value: .*greater than or equal to 1"),
+        (changed(random_ltd_schedule__schedule_config__require_steps=0), "schedule_config.require_steps"),
+        (changed(random_ltd_schedule__schedule_config__seq_per_step=2.5), "seq_per_step: .*integer"),
+        (changed(random_ltd_schedule__schedule_type="fixed_root"), "schedule_type: .*'fixed_linear'"),
+        (changed(model_type="other"), "model_type: .*'decoder' or 'encoder'"),
+        (changed(layer_token_lr_schedule={"enabled": True}), "consumed_layer_tokens"),
+    ],
+)
+def test_mistakes_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        RandomLTDScheduler(config)

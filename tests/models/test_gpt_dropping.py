@@ -1,0 +1,129 @@
+"""The reference GPT with layers that drop tokens."""
+
+import pytest
+import torch
+
+from penstock._core.batch_key import BatchKey, entered
+from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, convert_to_random_ltd, save_without_random_ltd
+from penstock.models import GPTBlock, GPTConfig, gpt_block_indices, gpt_layers, gpt_loss, gpt_model
+from penstock.pipe.module import PipelineModule
+
+
+def config(**changes):
+    shape = {"vocab_size": 50, "num_layers": 4, "hidden_size": 12, "num_heads": 3, "context_length": 16}
+    return GPTConfig(**{**shape, **changes})
+
+
+def dropping(model, kept):
+    convert_to_random_ltd(model, GPTBlock)
+    for layer in model.modules():
+        if isinstance(layer, RandomLayerTokenDrop):
+            layer.reserved_length = kept
+    return model
+
+
+TOKENS = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def key(rows=slice(None), **changes):
+    return BatchKey(**{"seed": 1, "step": 0, "micro_batch": 0, "positions": tuple([5, 90, 17, 3][rows]), **changes})
+
+
+def grads(model, tokens=TOKENS, where=None, scale=1.0):
+    model.zero_grad()
+    with entered(where or key()):
+        loss = gpt_loss(model(tokens), tokens)
+    (loss * scale).backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_keeping_the_whole_sequence_is_bitwise_the_plain_model(positions):
+    plain = grads(gpt_model(config(positions=positions)))
+    kept_all = grads(dropping(gpt_model(config(positions=positions)), 16))
+    assert torch.equal(plain[0], kept_all[0])
+    for ours, theirs in zip(kept_all[1], plain[1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_eval_is_bitwise_the_plain_model():
+    model = dropping(gpt_model(config()), 4).eval()
+    assert torch.equal(model(TOKENS), gpt_model(config())(TOKENS))
+
+
+def test_losses_and_gradients_do_not_depend_on_the_split_into_micro_batches():
+    model = dropping(gpt_model(config()), 6).double()
+    loss, whole = grads(model)
+    losses, sums = [], [torch.zeros_like(grad) for grad in whole]
+    for rows in (slice(0, 1), slice(1, 4)):
+        share = len(range(*rows.indices(4))) / 4
+        part, part_grads = grads(model, TOKENS[rows], key(rows, micro_batch=9), scale=share)
+        losses.append(part * share)
+        sums = [total + grad for total, grad in zip(sums, part_grads, strict=True)]
+    torch.testing.assert_close(sum(losses), loss, rtol=1e-12, atol=0)
+    for ours, theirs in zip(sums, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("interval", [0, 1, 2])
+def test_stages_with_recomputation_give_the_loss_and_gradients_of_the_plain_model(stages, interval):
+    reference = dropping(gpt_model(config(dropout=0.0)), 6)
+    loss, expected = grads(reference)
+    pipeline = PipelineModule(gpt_layers(config()), num_stages=stages, activation_checkpoint_interval=interval)
+    built = [pipeline.build_stage(stage) for stage in range(stages)]
+    first_block = gpt_block_indices(config())[0]
+
+    def wrap(index, layer):
+        if not isinstance(layer, GPTBlock):
+            return None
+        return RandomLayerTokenDrop(layer, index - first_block, reserved_length=6)
+
+    value = TOKENS
+    for stage in built:
+        stage.wrap_layers(wrap)
+        value = stage(value, key())
+    ours = gpt_loss(value, TOKENS)
+    ours.backward()
+    assert torch.equal(ours.detach(), loss)
+    tied = [parameter for stage in built for copies in stage.tied.values() for _, parameter in copies]
+    got = {name: parameter.grad for stage in built for name, parameter in stage.canonical_parameters()}
+    got["layer_000.weight"] = sum(parameter.grad for parameter in tied)
+    names = [
+        name for name, _ in PipelineModule(gpt_layers(config()), num_stages=1).build_stage(0).canonical_parameters()
+    ]
+    for name, theirs in zip(names, expected, strict=True):
+        # The two uses of the tied weight are summed in another order.
+        tolerance = 1e-6 if name == "layer_000.weight" else 0
+        torch.testing.assert_close(got[name], theirs, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_converted_model_saves_what_the_original_loads():
+    trained = dropping(gpt_model(config(), base_seed=2), 6)
+    original = gpt_model(config(), base_seed=3)
+    original.load_state_dict(save_without_random_ltd(trained))
+    assert torch.equal(original(TOKENS), trained.eval()(TOKENS))
+
+
+def test_every_layer_drops_and_counts():
+    model = dropping(gpt_model(config()), 6)
+    with entered(key()):
+        model(TOKENS)
+    layers = [layer for layer in model.modules() if isinstance(layer, RandomLayerTokenDrop)]
+    assert [(layer.computed_tokens, layer.passed_tokens) for layer in layers] == [(24, 40)] * 4
+
+
+@pytest.mark.parametrize("kept", [16, 8])
+def test_training_with_and_without_dropping_lowers_the_loss_of_the_whole_model(kept):
+    model = dropping(gpt_model(config(num_layers=3)), kept)
+    labels = TOKENS.roll(-1, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(30):
+        with torch.no_grad():
+            losses.append(float(gpt_loss(model.eval()(TOKENS), labels)))
+        optimizer.zero_grad()
+        with entered(key(step=step, positions=tuple(range(4 * step, 4 * step + 4)))):
+            gpt_loss(model.train()(TOKENS), labels).backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1.0
