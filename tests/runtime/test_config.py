@@ -36,7 +36,7 @@ def test_defaults_and_lengths() -> None:
     assert config.sequence_length is None
     assert config.tokens_per_step is None
     long = load_config(
-        {"train": {"global_batch_size": 4, "micro_batch_size": 2, "total_tokens": 1000}}, ["model.context_length=32"]
+        {"train": {"global_batch_size": 4, "micro_batch_size": 2, "total_tokens": 1000}}, ["model.context=32"]
     )
     assert (long.sequence_length, long.tokens_per_step, long.total_steps) == (32, 128, 7)
     shorter = load_config(long, ["data.sequence_length=16"])
@@ -73,6 +73,7 @@ def test_values_do_not_change_after_loading() -> None:
 
 def test_the_model_section_has_the_keys_and_defaults_of_the_model() -> None:
     fields = {field.name: field for field in dataclasses.fields(GPTConfig)}
+    fields["context"] = fields.pop("context_length")
     assert ModelSection.model_fields.keys() == {*fields, "name"}
     for name, field in fields.items():
         if field.default is not dataclasses.MISSING:
@@ -82,9 +83,11 @@ def test_the_model_section_has_the_keys_and_defaults_of_the_model() -> None:
 def test_the_models_shape_takes_what_is_missing_from_tokenizer_and_data() -> None:
     section = ModelSection(num_layers=2, hidden_size=8, num_heads=2, vocab_size=11)
     expected = GPTConfig(vocab_size=11, num_layers=2, hidden_size=8, num_heads=2, context_length=16)
-    assert section.gpt_config(vocab_size=99, context_length=16) == expected
-    with pytest.raises(ValueError, match=r"model\.context_length is not known"):
+    assert section.gpt_config(vocab_size=99, context=16) == expected
+    with pytest.raises(ValueError, match=r"model\.context is not known"):
         section.gpt_config(vocab_size=99)
+    with pytest.raises(ValueError, match=r"model\.vocab_size is not known"):
+        ModelSection(context=8).gpt_config()
 
 
 def test_the_docstrings_example_loads() -> None:
@@ -114,7 +117,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["train.keep_checkpoints=0"], r"train\.keep_checkpoints"),
     (["model.name=gtp"], "did you mean 'gpt'"),
     (["model.num_heads=7"], r"hidden_size=192 is not a multiple of num_heads=7; .* 189 and 196"),
-    (["model.context_length=8", "data.sequence_length=9"], r"sequence_length=9 is longer than model\.context_length=8"),
+    (["model.context=8", "data.sequence_length=9"], r"sequence_length=9 is longer than model\.context=8"),
     (["compression.algorithm=onbit"], "did you mean 'onebit'"),
     (["compression.algorithm=onebit", "compression.options={block: 1}"], "did you mean 'block_size'"),
     (["compression.warmup_steps=101"], r"warmup_steps=101 is more than the run's 100 steps"),

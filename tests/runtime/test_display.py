@@ -1,43 +1,41 @@
 import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from penstock.runtime.display import Display, StepReport
+from penstock.runtime.display import Display
 from penstock.runtime.units import duration, percent, quantity
 
 
-def reports(count: int, *, start: int = 1) -> list[StepReport]:
-    return [
-        StepReport(
-            step=step,
-            loss=4.0 - step / 100,
-            tokens=1000,
-            seconds=0.5,
-            lr=3e-4,
-            difficulty={"seqlen": 64.0},
-            kept_tokens=(48, 256),
-            bytes_sent=123_456,
-            bubble_seconds=0.125,
-        )
-        for step in range(start, start + count)
-    ]
+@dataclass(frozen=True)
+class Step:
+    step: int
+    loss: float = 2.0
+    lr: float = 3e-4
+    tokens: int = 0
+    kept_tokens: int | None = None
+    difficulty: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.5
+    bubble_seconds: float = 0.125
 
 
-def shown(count: int, *, total: int, terminal: bool = False, enabled: bool = True) -> str:
+def shown(steps: range, *, total: int, terminal: bool = False, enabled: bool = True) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=200, color_system=None, legacy_windows=False)
     with Display(total, log_every=10, enabled=enabled, console=console) as display:
-        for report in reports(count):
-            display.step(report)
+        for step in steps:
+            report = Step(step, tokens=1000 * (step + 1), kept_tokens=48, difficulty={"seqlen": 64.0})
+            display.update(report, bytes_sent=123_456 * (step + 1))
         display.note("evaluated [here]: 3.5")
     return out.getvalue()
 
 
 def test_without_a_terminal_there_are_plain_lines() -> None:
-    lines = shown(25, total=25).splitlines()
+    lines = shown(range(25), total=25).splitlines()
     assert [line.split("  ")[0] for line in lines] == [
         "step 10/25",
         "step 20/25",
@@ -45,37 +43,43 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
         "evaluated [here]: 3.5",
     ]
     assert lines[0] == (
-        "step 10/25  loss 3.9000  2 k tokens/s  lr 3.00e-04  seqlen 64  kept 48/256  sent 123 kB  bubble 25.0 %  "
+        "step 10/25  loss 2.0000  lr 3.00e-04  2 k tokens/s  seqlen 64  kept 48  sent 123 kB/step  bubble 25.0 %  "
         "0:08 left"
     )
     assert "\x1b" not in "".join(lines)
 
 
+def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
+    lines = shown(range(17, 25), total=25).splitlines()
+    assert "2 k tokens/s" in lines[0]
+    assert "sent 123 kB/step" in lines[0]
+
+
 def test_on_a_terminal_one_line_is_kept_up_to_date() -> None:
-    out = shown(7, total=25, terminal=True)
+    out = shown(range(7), total=25, terminal=True)
     assert "step 7/25" in out
     assert "\x1b[" in out  # moves the cursor back over the line
     assert "evaluated [here]: 3.5" in out
 
 
 def test_other_ranks_show_nothing() -> None:
-    assert shown(25, total=25, enabled=False) == ""
-    assert shown(25, total=25, enabled=False, terminal=True) == ""
+    assert shown(range(25), total=25, enabled=False) == ""
+    assert shown(range(25), total=25, enabled=False, terminal=True) == ""
 
 
 def test_what_is_unknown_is_left_out() -> None:
     out = io.StringIO()
     with Display(1, console=Console(file=out)) as display:
-        display.step(StepReport(step=1, loss=2.0, tokens=0, seconds=0.0))
-    assert out.getvalue() == "step 1/1  loss 2.0000  0:00 left\n"
+        display.update(Step(0, seconds=0.0), bytes_sent=0)
+    assert out.getvalue() == "step 1/1  loss 2.0000  lr 3.00e-04  0:00 left\n"
 
 
 def test_speed_is_that_of_recent_steps() -> None:
     out = io.StringIO()
     with Display(60, log_every=60, console=Console(file=out)) as display:
-        for step in range(1, 61):
-            slow = step <= 40  # compilation, cold caches
-            display.step(StepReport(step=step, loss=1.0, tokens=100, seconds=10.0 if slow else 0.1))
+        for step in range(60):
+            slow = step < 40  # compilation, cold caches
+            display.update(Step(step, tokens=100 * step, seconds=10.0 if slow else 0.1), bytes_sent=0)
     assert "1 k tokens/s" in out.getvalue()
 
 

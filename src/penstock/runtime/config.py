@@ -2,7 +2,7 @@
 
 Example::
 
-    model: {name: gpt, num_layers: 4, hidden_size: 192, num_heads: 6, context_length: 256}
+    model: {name: gpt, num_layers: 4, hidden_size: 192, num_heads: 6, context: 256}
     pipe: {stages: 2, schedule: 1f1b}
     data_parallel: {replicas: 2}
     train: {global_batch_size: 32, micro_batch_size: 4, steps: 500}
@@ -96,7 +96,7 @@ class TrainConfig(Section):
         """Tokens per training sample, or None when neither the data nor the model section says."""
         if self.data.sequence_length is not None:
             return self.data.sequence_length
-        return None if self.model is None else self.model.context_length
+        return None if self.model is None else self.model.context
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -145,17 +145,17 @@ class TrainConfig(Section):
 
     def _check_lengths(self) -> None:
         length = self.sequence_length
-        context = None if self.model is None else self.model.context_length
+        context = None if self.model is None else self.model.context
         if context is not None and length is not None and length > context:
             raise ValueError(
-                f"data.sequence_length={length} is longer than model.context_length={context}; "
+                f"data.sequence_length={length} is longer than model.context={context}; "
                 f"lower the former or raise the latter to {length}"
             )
         if self.train.total_tokens is not None:
             if self.tokens_per_step is None:
                 raise ValueError(
                     "train.total_tokens needs a sequence length to be turned into steps; "
-                    "set data.sequence_length or model.context_length, or give train.steps"
+                    "set data.sequence_length or model.context, or give train.steps"
                 )
             if self.train.total_tokens < self.tokens_per_step:
                 raise ValueError(
@@ -189,7 +189,7 @@ class TrainConfig(Section):
             if value is not None and length is not None and value > length:
                 raise ValueError(
                     f"random_ltd.{name}={value} is more than the sequence length {length} "
-                    "(data.sequence_length or model.context_length); lower it"
+                    "(data.sequence_length or model.context); lower it"
                 )
         if self.model is not None:
             section.layer_ids(self.model.num_layers)

@@ -39,12 +39,13 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The reference model to build, when no model object is given.
 
-    The keys are ``name`` and the attributes of :class:`penstock.models.gpt.GPTConfig`.
+    The keys are ``name``, ``context`` (for ``context_length``) and the other attributes of
+    :class:`penstock.models.gpt.GPTConfig`.
 
     Attributes:
         name: ``gpt``.
         vocab_size: Size of the vocabulary; None takes the tokenizer's.
-        context_length: Longest sequence in tokens; None takes ``data.sequence_length``.
+        context: Longest sequence in tokens; None takes ``data.sequence_length``.
     """
 
     name: str = "gpt"
@@ -52,7 +53,7 @@ class ModelSection(Section):
     num_layers: int = Field(default=4, ge=1)
     hidden_size: int = Field(default=192, ge=1)
     num_heads: int = Field(default=6, ge=1)
-    context_length: int | None = Field(default=None, ge=1)
+    context: int | None = Field(default=None, ge=1)
     mlp_ratio: float = 4.0
     positions: PositionKind = "rope"
     rope_theta: float = 10_000.0
@@ -65,29 +66,27 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:
-        self.gpt_config(vocab_size=1, context_length=1)  # stand in for what is not known yet
+        self.gpt_config(vocab_size=1, context=1)  # stand in for what is not known yet
         return self
 
-    def gpt_config(self, *, vocab_size: int | None = None, context_length: int | None = None) -> GPTConfig:
+    def gpt_config(self, *, vocab_size: int | None = None, context: int | None = None) -> GPTConfig:
         """The model's shape.
 
         Args:
             vocab_size: The tokenizer's, taken where the section gives none.
-            context_length: The data's, taken where the section gives none.
+            context: The data's sequence length, taken where the section gives none.
 
         Raises:
             ValueError: One of the two is given nowhere, or the numbers do not fit together.
         """
-        shape = self.model_dump(exclude={"name"})
-        for key, fallback, source in (
-            ("vocab_size", vocab_size, "a tokenizer"),
-            ("context_length", context_length, "data.sequence_length"),
-        ):
-            if shape[key] is None:
-                shape[key] = fallback
-            if shape[key] is None:
-                raise ValueError(f"model.{key} is not known; set it, or give {source}")
-        return GPTConfig(**shape)
+        vocab_size = vocab_size if self.vocab_size is None else self.vocab_size
+        context = context if self.context is None else self.context
+        if vocab_size is None:
+            raise ValueError("model.vocab_size is not known; set it, or give a tokenizer (data.tokenizer)")
+        if context is None:
+            raise ValueError("model.context is not known; set it or data.sequence_length")
+        shape = self.model_dump(exclude={"name", "vocab_size", "context"})
+        return GPTConfig(vocab_size=vocab_size, context_length=context, **shape)
 
 
 class PipeSection(Section):
@@ -178,11 +177,13 @@ class DataSection(Section):
     Attributes:
         train: Path of the training data: a ``.bin/.idx`` prefix, Parquet or JSONL. None when an object is given.
         heldout: Path of the held-out data; None evaluates on nothing.
-        sequence_length: Tokens per training sample; None takes ``model.context_length``.
+        tokenizer: Path of the ``tokenizer.json`` that made the tokens: gives the vocabulary's size and bits per byte.
+        sequence_length: Tokens per training sample; None takes ``model.context``.
     """
 
     train: str | None = None
     heldout: str | None = None
+    tokenizer: str | None = None
     sequence_length: int | None = Field(default=None, ge=1)
 
 

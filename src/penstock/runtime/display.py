@@ -2,9 +2,8 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -15,31 +14,40 @@ _WINDOW: Final = 20
 """Steps over which speed and bubble are averaged."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One finished optimizer step; what is None is not shown.
+class Step(Protocol):
+    """What is shown of a finished step; :class:`penstock.runtime.engine.StepReport` is one."""
 
-    Attributes:
-        step: Steps completed, this one included.
-        loss: Mean loss of the global batch.
-        tokens: Tokens read in this step, over all replicas.
-        seconds: Wall-clock of this step.
-        lr: Learning rate.
-        difficulty: Current difficulty by metric.
-        kept_tokens: Tokens that dropping layers keep, and tokens per sequence.
-        bytes_sent: Bytes that the displaying process sent in this step.
-        bubble_seconds: Seconds of this step spent waiting for activations or gradients.
-    """
+    @property
+    def step(self) -> int:
+        """The step, from 0."""
 
-    step: int
-    loss: float
-    tokens: int
-    seconds: float
-    lr: float | None = None
-    difficulty: Mapping[str, float] = field(default_factory=dict)
-    kept_tokens: tuple[int, int] | None = None
-    bytes_sent: int | None = None
-    bubble_seconds: float | None = None
+    @property
+    def loss(self) -> float:
+        """Mean loss of the global batch."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens consumed after the step."""
+
+    @property
+    def kept_tokens(self) -> int | None:
+        """Tokens that dropping layers kept per sequence; None without dropping."""
+
+    @property
+    def difficulty(self) -> Mapping[str, float]:
+        """Curriculum difficulty by metric."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of the step."""
+
+    @property
+    def bubble_seconds(self) -> float:
+        """Of these, waiting for neighbours in the pipeline."""
 
 
 class Display:
@@ -64,7 +72,8 @@ class Display:
         self._log_every = log_every
         self._console = Console() if console is None else console
         self._enabled = enabled
-        self._recent: deque[StepReport] = deque(maxlen=_WINDOW)
+        # The oldest entry is only the point from which the others' tokens and bytes are counted.
+        self._recent: deque[tuple[Step, int]] = deque(maxlen=_WINDOW + 1)
         self._live: Progress | None = None
         if enabled and self._console.is_terminal:
             self._live = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=self._console)
@@ -81,14 +90,20 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def step(self, report: StepReport) -> None:
-        """Show a finished step."""
+    def update(self, report: Step, *, bytes_sent: int) -> None:
+        """Show a finished step.
+
+        Args:
+            report: What the step did.
+            bytes_sent: Bytes that this process has sent since the run began.
+        """
         if not self._enabled:
             return
-        self._recent.append(report)
+        self._recent.append((report, bytes_sent))
+        done = report.step + 1
         if self._live is not None:
-            self._live.update(self._task, completed=report.step, description=self._line())
-        elif report.step % self._log_every == 0 or report.step == self._total:
+            self._live.update(self._task, completed=done, description=self._line())
+        elif done % self._log_every == 0 or done == self._total:
             self.note(self._line())
 
     def note(self, text: str) -> None:
@@ -98,21 +113,20 @@ class Display:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self) -> str:
-        now = self._recent[-1]
-        seconds = sum(report.seconds for report in self._recent)
-        parts = [f"step {now.step}/{self._total}", f"loss {now.loss:.4f}"]
+        reports = [report for report, _ in self._recent]
+        (first, sent_before), (now, sent) = self._recent[0], self._recent[-1]
+        counted = reports[1:]
+        seconds = sum(report.seconds for report in counted)
+        parts = [f"step {now.step + 1}/{self._total}", f"loss {now.loss:.4f}", f"lr {now.lr:.2e}"]
         if seconds > 0:
-            parts.append(f"{quantity(sum(report.tokens for report in self._recent) / seconds)} tokens/s")
-        if now.lr is not None:
-            parts.append(f"lr {now.lr:.2e}")
+            parts.append(f"{quantity((now.tokens - first.tokens) / seconds)} tokens/s")
         parts += [f"{name} {value:g}" for name, value in now.difficulty.items()]
         if now.kept_tokens is not None:
-            parts.append(f"kept {now.kept_tokens[0]}/{now.kept_tokens[1]}")
-        if now.bytes_sent is not None:
-            parts.append(f"sent {quantity(now.bytes_sent, 'B')}")
-        if now.bubble_seconds is not None and seconds > 0:
-            bubble = sum(report.bubble_seconds or 0.0 for report in self._recent)
-            parts.append(f"bubble {percent(bubble / seconds)}")
-        left = (self._total - now.step) * seconds / len(self._recent)
-        parts.append(f"{duration(left)} left")
+            parts.append(f"kept {now.kept_tokens}")
+        if counted:
+            parts.append(f"sent {quantity((sent - sent_before) / len(counted), 'B')}/step")
+        if seconds > 0:
+            parts.append(f"bubble {percent(sum(report.bubble_seconds for report in counted) / seconds)}")
+        left = self._total - now.step - 1
+        parts.append(f"{duration(left * (seconds / len(counted) if counted else now.seconds))} left")
         return "  ".join(parts)

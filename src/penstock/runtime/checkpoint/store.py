@@ -21,6 +21,11 @@ class Entry(NamedTuple):
     path: Path
     sealed: bool
 
+    def remove(self) -> None:
+        """Remove the directory. The manifest goes first, so that what an interruption leaves does not look complete."""
+        (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+        shutil.rmtree(self.path)
+
 
 def list_checkpoints(directory: str | os.PathLike[str]) -> list[Entry]:
     """The checkpoints of a run, oldest first, sealed or not; empty when there are none."""
@@ -82,8 +87,6 @@ def prune(directory: str | os.PathLike[str], keep: int) -> list[Path]:
         if entry.sealed and spare > 0:
             spare -= 1
             continue
-        # The manifest goes first, so that a removal that is interrupted does not leave what looks complete.
-        (entry.path / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(entry.path)
+        entry.remove()
         removed.append(entry.path)
     return removed

@@ -30,7 +30,7 @@ class CheckpointWriter:
         step: Optimizer steps completed.
 
     Attributes:
-        path: The directory that is being written; :meth:`seal` gives the final one.
+        path: The checkpoint's directory, which is there once the checkpoint is complete.
         written: Names of the files that this rank wrote, for the ``expected_files`` of the rank that seals.
     """
 
@@ -38,8 +38,9 @@ class CheckpointWriter:
         if step < 0:
             raise ValueError(f"a checkpoint's step must be at least 0, got {step}")
         self.step = step
-        self.path = Path(directory) / (step_name(step) + PARTIAL)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path = Path(directory) / step_name(step)
+        self._partial = self.path.with_name(self.path.name + PARTIAL)
+        self._partial.mkdir(parents=True, exist_ok=True)
         self.written: list[str] = []
 
     def write_layer(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
@@ -66,30 +67,29 @@ class CheckpointWriter:
             CorruptFileError: An expected file is missing; the checkpoint stays incomplete.
         """
         names = {*expected_files, STATE_NAME}
-        write_json(self.path / STATE_NAME, dict(state))
+        write_json(self._partial / STATE_NAME, dict(state))
         for name in sorted(names):
-            if not (self.path / name).is_file():
-                raise CorruptFileError(f"{self.path / name}: no rank wrote this file of the checkpoint")
-        for left in self.path.iterdir():  # by a run that was killed while it wrote this step
+            if not (self._partial / name).is_file():
+                raise CorruptFileError(f"{self._partial / name}: no rank wrote this file of the checkpoint")
+        for left in self._partial.iterdir():  # by a run that was killed while it wrote this step
             if left.name not in names:
                 left.unlink()
-        write_manifest(self.path, names, format=FORMAT, version=FORMAT_VERSION, step=self.step)
+        write_manifest(self._partial, names, format=FORMAT, version=FORMAT_VERSION, step=self.step)
         return self._put_in_place()
 
     def _put_in_place(self) -> Path:
-        final = self.path.with_name(step_name(self.step))
-        replaced = final.with_name(final.name + REPLACED)
-        if final.exists():
+        replaced = self.path.with_name(self.path.name + REPLACED)
+        if self.path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-        self.path.rename(final)
-        sync_directory(final.parent)
+            self.path.rename(replaced)
+        self._partial.rename(self.path)
+        sync_directory(self.path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        return final
+        return self.path
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         payload = {key: value.detach().to("cpu").contiguous() for key, value in tensors.items()}
-        with atomic_file(self.path / name) as file:
+        with atomic_file(self._partial / name) as file:
             file.write(safetensors.torch.save(_without_sharing(payload)))
         self.written.append(name)
 
