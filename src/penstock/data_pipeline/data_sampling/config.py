@@ -1,0 +1,129 @@
+"""The ``sampling_config`` of a :class:`DataSampler`, checked before any data is touched."""
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from penstock.data_pipeline.data_sampling.curriculum import Number, ScheduleConfig, ScheduleDetails
+
+
+class MetricConfig(BaseModel):
+    """One difficulty metric and its schedule.
+
+    Attributes:
+        values: The metric of each sample; or
+        path: where it is stored: an analyzer's output directory, or a ``.npy`` file.
+        difficulty_type: ``value``: difficulties are values of the metric. ``percentile``: they are percentages, above 0
+            and up to 100, of the samples sorted by it.
+        min_difficulty, max_difficulty, schedule_type, schedule_config: See :class:`ScheduleConfig`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    values: Any = None
+    path: str | None = None
+    difficulty_type: Literal["value", "percentile"] = "value"
+    min_difficulty: Number | None = None
+    max_difficulty: Number | None = None
+    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"]
+    schedule_config: ScheduleDetails = Field(default_factory=ScheduleDetails)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.values is None) == (self.path is None):
+            raise ValueError("give the metric's numbers either as values or as the path where they are stored")
+        self.schedule()
+        return self
+
+    def schedule(self) -> ScheduleConfig:
+        """The schedule alone."""
+        return ScheduleConfig(
+            min_difficulty=self.min_difficulty,
+            max_difficulty=self.max_difficulty,
+            schedule_type=self.schedule_type,
+            schedule_config=self.schedule_config,
+        )
+
+
+class CurriculumConfig(BaseModel):
+    """The metrics that decide when a sample enters; it enters when all of them admit it.
+
+    Attributes:
+        metrics: By name, at least one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metrics: dict[str, MetricConfig] = Field(min_length=1)
+
+
+class SamplingConfig(BaseModel):
+    """What a :class:`DataSampler` does.
+
+    Attributes:
+        strategy: ``sequential``, ``random`` (each epoch permuted anew), ``stratified`` (needs ``labels``), ``weighted``
+            (needs ``weights``) or ``curriculum`` (needs ``curriculum``).
+        seed: The key of all random choices.
+        batch_size: Samples of a global batch, over all replicas. A curriculum's steps are global batches.
+        num_samples: Length of the run in samples; or
+        epochs: its length in epochs (1 if neither is given).
+        drop_last: Leave out a last batch that is not full.
+        num_replicas: How many data-parallel replicas share each global batch.
+        rank: Which of them this one is.
+        labels: ``stratified``: the stratum of each sample (numbers or strings), or a function from sample to label.
+        weights: ``weighted``: the weight of each sample, or a function from sample to weight.
+        replacement: ``weighted``: draw each position independently, so that samples repeat.
+        samples_per_epoch: ``weighted``: draws that make an epoch; all samples of positive weight if None.
+        curriculum: ``curriculum``: the metrics.
+        transforms: What :meth:`DataSampler.preprocess_data` does, in order: names (``"normalise"``), tables with the
+            options (``{"name": "truncate", "length": 128}``), or functions from sample to sample.
+        column: Which column of a table holds the samples.
+        length: Cut a stream of tokens (``.bin/.idx``) into windows of ``length + 1``.
+        stride: Tokens between the starts of windows; ``length`` if None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: Literal["sequential", "random", "stratified", "weighted", "curriculum"] = "random"
+    seed: int = 0
+    batch_size: int = Field(default=1, ge=1)
+    num_samples: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    drop_last: bool = False
+    num_replicas: int = Field(default=1, ge=1)
+    rank: int = Field(default=0, ge=0)
+    labels: Any = None
+    weights: Any = None
+    replacement: bool = False
+    samples_per_epoch: int | None = Field(default=None, ge=1)
+    curriculum: CurriculumConfig | None = None
+    transforms: list[str | dict[str, Any] | Callable[[Any], Any]] = Field(default_factory=list)
+    column: str | None = None
+    length: int | None = Field(default=None, ge=1)
+    stride: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_samples is not None and self.epochs is not None:
+            raise ValueError("give the length of the run as num_samples or as epochs, not both")
+        if self.rank >= self.num_replicas:
+            raise ValueError(f"rank {self.rank} of {self.num_replicas} replicas; ranks are 0..{self.num_replicas - 1}")
+        if self.batch_size % self.num_replicas:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared equally by {self.num_replicas} replicas; "
+                f"make it a multiple of {self.num_replicas}"
+            )
+        needs = {"labels": "stratified", "weights": "weighted", "curriculum": "curriculum"}
+        for field, strategy in needs.items():
+            given = getattr(self, field) is not None
+            if given and self.strategy != strategy:
+                raise ValueError(f"{field} is used by strategy '{strategy}', but the strategy is '{self.strategy}'")
+            if not given and self.strategy == strategy:
+                raise ValueError(f"strategy '{strategy}' needs {field}")
+        if self.strategy != "weighted" and (self.replacement or self.samples_per_epoch is not None):
+            raise ValueError(
+                f"replacement and samples_per_epoch are used by strategy 'weighted', but the strategy is "
+                f"'{self.strategy}'"
+            )
+        return self

@@ -1,0 +1,249 @@
+"""How difficult the samples of a step may be: DeepSpeed's curriculum schedules, exact and monotone.
+
+Li, Zhang, He, "The Stability-Efficiency Dilemma: Investigating Sequence Length Warmup for Training GPT Models"
+(NeurIPS 2022) and Li et al., "DeepSpeed Data Efficiency" (AAAI 2024) describe them. At step ``s`` of ``T``, between the
+smallest difficulty ``a`` and the largest ``b`` with ``difficulty_step`` ``d``, ``fixed_root`` of degree ``r`` gives
+
+    a + (b - a) * (s / T) ** (1 / r), rounded down to a multiple of d,
+
+and ``fixed_linear`` is the same with ``r = 1``. Three edges of that formula are mended here: rounding never goes below
+``a`` (with a = 10 and d = 8 it would start at 8), step ``T`` and all later ones give exactly ``b`` (even if ``b`` is no
+multiple of ``d``), and the rounding is exact arithmetic (a linear schedule never misses a multiple by a last bit).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from itertools import pairwise
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from penstock.data_pipeline.configuration import validate_config
+
+Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Difficulty = int | float
+
+_EXACT_ROOT: Final = 16
+"""Root degrees up to this one are compared in exact arithmetic; the numbers in it grow with the degree."""
+
+_NEEDED: Final = {
+    "fixed_linear": ("total_curriculum_step", "difficulty_step"),
+    "fixed_root": ("total_curriculum_step", "difficulty_step", "root_degree"),
+    "fixed_discrete": ("difficulty", "max_step"),
+    "custom": (),
+}
+_OPTIONAL: Final = {"custom": ("total_curriculum_step", "get_difficulty")}
+
+
+class ScheduleDetails(BaseModel):
+    """The ``schedule_config`` of a schedule; which keys are needed depends on the ``schedule_type``.
+
+    Attributes:
+        total_curriculum_step: The step from which on the difficulty is the largest.
+        difficulty_step: Difficulties are multiples of this (besides the smallest and the largest).
+        root_degree: Degree of the root: 2 grows fast at first.
+        difficulty: ``fixed_discrete``: the difficulties in turn.
+        max_step: ``fixed_discrete``: the last step of each difficulty but the last.
+        get_difficulty: ``custom``: the function from step to difficulty.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    total_curriculum_step: int | None = Field(default=None, ge=1)
+    difficulty_step: Number | None = None
+    root_degree: Number | None = None
+    difficulty: list[Number] | None = None
+    max_step: list[int] | None = None
+    get_difficulty: Callable[[int], Difficulty] | None = None
+
+
+class ScheduleConfig(BaseModel):
+    """A difficulty schedule, in DeepSpeed's keys.
+
+    Attributes:
+        min_difficulty: The difficulty at the start; ``fixed_discrete`` can leave it out.
+        max_difficulty: The difficulty at the end; ``fixed_discrete`` can leave it out.
+        schedule_type: Which schedule.
+        schedule_config: Its details.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_difficulty: Number | None = None
+    max_difficulty: Number | None = None
+    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"]
+    schedule_config: ScheduleDetails = Field(default_factory=ScheduleDetails)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleConfig":
+        given = {name for name, value in self.schedule_config if value is not None}
+        needed = set(_NEEDED[self.schedule_type])
+        if missing := needed - given:
+            raise ValueError(f"a {self.schedule_type} schedule needs schedule_config.{min(missing)}")
+        if surplus := given - needed - set(_OPTIONAL.get(self.schedule_type, ())):
+            raise ValueError(f"a {self.schedule_type} schedule does not use schedule_config.{min(surplus)}; remove it")
+        if self.schedule_type == "fixed_discrete":
+            self._check_discrete()
+        elif self.min_difficulty is None or self.max_difficulty is None:
+            raise ValueError(f"a {self.schedule_type} schedule needs min_difficulty and max_difficulty")
+        elif self.min_difficulty > self.max_difficulty:
+            raise ValueError(
+                f"min_difficulty {self.min_difficulty} is above max_difficulty {self.max_difficulty}; exchange them"
+            )
+        details = self.schedule_config
+        for name in ("difficulty_step", "root_degree"):
+            value = getattr(details, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"schedule_config.{name} must be above 0, got {value}")
+        return self
+
+    def _check_discrete(self) -> None:
+        levels, steps = self.schedule_config.difficulty or [], self.schedule_config.max_step or []
+        if len(levels) != len(steps) + 1:
+            raise ValueError(
+                f"a fixed_discrete schedule needs one max_step fewer than difficulties (the last difficulty stays), "
+                f"got {len(levels)} difficulties and {len(steps)} max_steps"
+            )
+        if any(later < earlier for earlier, later in pairwise(levels)):
+            raise ValueError(f"the difficulties of a curriculum never fall, got {levels}")
+        if any(later <= earlier for earlier, later in pairwise([-1, *steps])):
+            raise ValueError(f"schedule_config.max_step must rise from 0 or more, got {steps}")
+        for name, given, end in (
+            ("min_difficulty", self.min_difficulty, levels[0]),
+            ("max_difficulty", self.max_difficulty, levels[-1]),
+        ):
+            if given is not None and given != end:
+                raise ValueError(f"{name} is {given}, but the difficulties run from {levels[0]} to {levels[-1]}")
+
+
+class CurriculumScheduler:
+    """The difficulty of each step, a monotone function of the step.
+
+    Args:
+        config: A dictionary in DeepSpeed's keys, or a :class:`ScheduleConfig`::
+
+            {"min_difficulty": 8, "max_difficulty": 1024, "schedule_type": "fixed_linear",
+             "schedule_config": {"total_curriculum_step": 15000, "difficulty_step": 8}}
+
+    Raises:
+        ValueError: A key is unknown or missing, or the numbers contradict each other.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | ScheduleConfig) -> None:
+        self.config = validate_config(ScheduleConfig, config, "curriculum schedule")
+        details = self.config.schedule_config
+        levels = details.difficulty or [0]
+        low, high = self.config.min_difficulty, self.config.max_difficulty
+        self.min_difficulty: Difficulty = levels[0] if low is None else low
+        self.max_difficulty: Difficulty = levels[-1] if high is None else high
+        self._custom = details.get_difficulty
+        self._current: Difficulty = self.min_difficulty
+
+    @property
+    def last_step(self) -> int | None:
+        """The first step from which on the difficulty is the largest; None if a custom schedule does not say."""
+        if self.config.schedule_type == "fixed_discrete":
+            steps = self.config.schedule_config.max_step
+            return steps[-1] + 1 if steps else 0
+        return self.config.schedule_config.total_curriculum_step
+
+    def get_current_difficulty(self) -> Difficulty:
+        """The difficulty of the last :meth:`update_difficulty`; the smallest before the first."""
+        return self._current
+
+    def update_difficulty(self, step: int) -> Difficulty:
+        """Move to ``step`` (from 0) and return its difficulty."""
+        self._current = self.get_difficulty(step)
+        return self._current
+
+    def set_custom_get_difficulty(self, get_difficulty: Callable[[int], Difficulty]) -> None:
+        """Give a ``custom`` schedule its function from step to difficulty.
+
+        Raises:
+            ValueError: The schedule is not custom.
+        """
+        if self.config.schedule_type != "custom":
+            raise ValueError(
+                f"the schedule is {self.config.schedule_type}; only schedule_type 'custom' takes a function"
+            )
+        self._custom = get_difficulty
+
+    def get_difficulty(self, step: int) -> Difficulty:
+        """The difficulty at ``step`` (from 0), without moving there.
+
+        Returns:
+            An int where the configuration's numbers are ints, between ``min_difficulty`` and ``max_difficulty``.
+
+        Raises:
+            ValueError: The step is negative, or a custom schedule has no function.
+        """
+        if step < 0:
+            raise ValueError(f"steps count from 0, got {step}")
+        kind = self.config.schedule_type
+        if kind == "custom":
+            if self._custom is None:
+                raise ValueError(
+                    "a custom schedule needs its function: call set_custom_get_difficulty(f) or set "
+                    "schedule_config.get_difficulty"
+                )
+            return min(max(self._custom(step), self.min_difficulty), self.max_difficulty)
+        if kind == "fixed_discrete":
+            return self._discrete(step)
+        return self._root(step)
+
+    def _discrete(self, step: int) -> Difficulty:
+        details = self.config.schedule_config
+        levels, steps = details.difficulty or [], details.max_step or []
+        return levels[sum(step > last for last in steps)]
+
+    def _root(self, step: int) -> Difficulty:
+        details = self.config.schedule_config
+        total, grid = details.total_curriculum_step, details.difficulty_step
+        assert total is not None
+        assert grid is not None
+        if step >= total:
+            return self.max_difficulty
+        low, high, width = _exact(self.min_difficulty), _exact(self.max_difficulty), _exact(grid)
+        degree = details.root_degree or 1
+        progress = Fraction(step, total)
+        level = math.floor((low + (high - low) * Fraction(float(progress) ** (1 / degree))) / width)
+        if degree == int(degree) and degree <= _EXACT_ROOT:
+            # The float root may be off by a last bit, which counts where it meets a multiple of the grid.
+            r, span = int(degree), high - low
+            while _power_reaches((level + 1) * width - low, span, progress, r):
+                level += 1
+            while level * width > low and not _power_reaches(level * width - low, span, progress, r):
+                level -= 1
+        rounded = min(max(level * width, low), high)
+        if all(isinstance(number, int) for number in (self.min_difficulty, self.max_difficulty, grid)):
+            return int(rounded)
+        return float(rounded)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The current difficulty, as plain values."""
+        return {"current_difficulty": self._current}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: The difficulty is not one of this schedule's.
+        """
+        current = state.get("current_difficulty")
+        if not isinstance(current, int | float) or not self.min_difficulty <= current <= self.max_difficulty:
+            raise ValueError(
+                f"the state's difficulty {current!r} is not in this schedule's range of {self.min_difficulty} to "
+                f"{self.max_difficulty}; it was saved under another schedule"
+            )
+        self._current = current
+
+
+def _exact(number: Difficulty) -> Fraction:
+    """A number as its decimal digits say: 0.1 is a tenth."""
+    return Fraction(number) if isinstance(number, int) else Fraction(repr(number))
+
+
+def _power_reaches(rise: Fraction, span: Fraction, progress: Fraction, degree: int) -> bool:
+    """Whether ``rise <= span * progress ** (1 / degree)``, without taking the root."""
+    return rise <= 0 or (span > 0 and (rise / span) ** degree <= progress)

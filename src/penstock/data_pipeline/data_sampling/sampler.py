@@ -1,0 +1,287 @@
+"""The sampler: data in, an order that is a function, batches out."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import IterableDataset, Sampler
+
+from penstock.data_pipeline.configuration import validate_config
+from penstock.data_pipeline.data_sampling.config import SamplingConfig
+from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler
+from penstock.data_pipeline.data_sampling.order import IntArray, digest_of
+from penstock.data_pipeline.data_sampling.strategies import Strategy, build_strategy
+from penstock.data_pipeline.data_sampling.transforms import build_transforms
+from penstock.data_pipeline.datasets.open import open_dataset
+
+_CHUNK: Final = 4096
+_STATE_VERSION: Final = 1
+
+
+class DataSampler(Sampler[list[int]]):
+    """Chooses which samples a run sees, and when.
+
+    The sample at position ``k`` of the run is a pure function of the configuration and ``k`` (:meth:`sample_at`), so
+    the global order is the same whatever the number of replicas, loader workers or restarts. As a batch sampler::
+
+        sampler = DataSampler(dataset, {"strategy": "random", "batch_size": 32, "epochs": 2})
+        for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=4):
+            ...  # train on it
+            sampler.mark_trained()
+
+    A DataLoader's workers run ahead of the training, so what the iterator has handed out says nothing about what was
+    trained on: only :meth:`mark_trained` moves the position that :meth:`state_dict` saves and that the next iteration
+    starts from.
+
+    Args:
+        data_source: A list, array or tensor, a pandas or Arrow table, a torch ``Dataset`` (anything with ``__len__``
+            and ``__getitem__``), or a path to ``.bin/.idx``, Parquet, Arrow, JSON lines or ``.npy``.
+        sampling_config: A dictionary or a :class:`SamplingConfig`, which lists the keys.
+
+    Attributes:
+        config: The checked configuration.
+        data: The opened data source.
+        num_samples: Length of the run, in samples.
+        epoch_size: Length of an epoch, in samples. For a curriculum: the samples that it ever admits.
+
+    Raises:
+        ValueError: The configuration is wrong or does not fit the data.
+    """
+
+    def __init__(self, data_source: Any, sampling_config: Mapping[str, Any] | SamplingConfig | None = None) -> None:
+        self.config = validate_config(SamplingConfig, {} if sampling_config is None else sampling_config, "sampling")
+        self._transforms = build_transforms(self.config.transforms)
+        self._source = data_source
+        self.data = self.load_data()
+        if len(self.data) == 0:
+            raise ValueError("the data source is empty; there is nothing to sample")
+        self._strategy: Strategy = build_strategy(self.config, self.data)
+        self._order = self._strategy.order
+        self.epoch_size = self._order.epoch_size
+        self.num_samples = self.config.num_samples or (self.config.epochs or 1) * self.epoch_size
+        self._check_last_batch(0)
+        self._consumed = 0
+        self._batches = 0
+        self._fingerprint: str | None = None
+        self._chunk: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
+
+    # The three steps of the pipeline
+
+    def load_data(self) -> Any:
+        """Open the data source.
+
+        Returns:
+            A map-style dataset: ``data[i]`` is a sample and ``len(data)`` their number.
+
+        Raises:
+            ValueError: The source is not understood, or can only be iterated.
+        """
+        config = self.config
+        data = open_dataset(self._source, length=config.length, stride=config.stride, column=config.column)
+        if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise ValueError(
+                f"{type(data).__name__} can only be iterated, but an order needs samples by number: give a dataset "
+                "with __len__ and __getitem__ (a list of its samples, for example)"
+            )
+        if isinstance(data, Mapping):
+            raise ValueError("the data source is a table of names; give its samples as a list, or an Arrow table")
+        return data
+
+    def apply_sampling(self, data: Any) -> list[Any]:
+        """The samples of the whole run, in order, as a list.
+
+        Args:
+            data: What :meth:`load_data` returned, or another dataset of the same length.
+
+        Raises:
+            ValueError: It has another length than the data that the order was made for.
+        """
+        if len(data) != len(self.data):
+            raise ValueError(f"the order was made for {len(self.data)} samples, but the data has {len(data)}")
+        return [data[int(index)] for index in self.sample_at(np.arange(self.num_samples))]
+
+    def preprocess_data(self, data: Any) -> list[Any]:
+        """Apply the configured transforms, in their order, to a sequence of samples."""
+        samples = data if isinstance(data, list) else [data[index] for index in range(len(data))]
+        for transform in self._transforms:
+            samples = transform(samples)
+        return list(samples)
+
+    def execute_data_pipeline(self) -> list[Any]:
+        """Load, sample and preprocess: the samples of the whole run, in order, transformed."""
+        return self.preprocess_data(self.apply_sampling(self.load_data()))
+
+    # The order
+
+    def sample_at(self, k: npt.ArrayLike) -> IntArray:
+        """Which samples stand at positions ``k`` of the run's global order.
+
+        Args:
+            k: Integers of any shape, each at least 0; positions beyond the run go on epoch after epoch.
+
+        Returns:
+            Indices into the dataset, int64, of the same shape.
+
+        Raises:
+            ValueError: A position is negative or not an integer.
+        """
+        positions = np.asarray(k)
+        if positions.dtype.kind not in "iu" and positions.size:
+            raise ValueError(f"positions are integers, got {positions.dtype}")
+        flat = positions.reshape(-1).astype(np.int64)
+        if not flat.size:
+            return np.empty(positions.shape, dtype=np.int64)
+        low, high = int(flat.min()), int(flat.max())
+        if low < 0:
+            raise ValueError(f"positions count from 0, got {low}")
+        if high // _CHUNK - low // _CHUNK > 1:
+            return self._order(flat).reshape(positions.shape)
+        # Batches are asked for one after another: whole chunks are worked out at once and the last one is kept, since
+        # a small call costs hardly less than one of a few thousand positions.
+        first = low // _CHUNK
+        result = self._chunk_at(first)[np.minimum(flat - first * _CHUNK, _CHUNK - 1)]
+        if high // _CHUNK != first:
+            beyond = flat >= (first + 1) * _CHUNK
+            result[beyond] = self._chunk_at(first + 1)[flat[beyond] - (first + 1) * _CHUNK]
+        return result.reshape(positions.shape)
+
+    def _chunk_at(self, number: int) -> IntArray:
+        known, samples = self._chunk  # read once: another thread may put another chunk in its place
+        if known != number:
+            start = number * _CHUNK
+            samples = self._order(np.arange(start, start + _CHUNK, dtype=np.int64))
+            self._chunk = (number, samples)
+        return samples
+
+    def difficulty_at(self, k: int) -> dict[str, float]:
+        """The difficulty of each metric that the schedules allow at position ``k``; empty without a curriculum.
+
+        The pool grows at 256 births at most; a schedule with more changes is followed at that spacing, from below.
+        """
+        if k < 0:
+            raise ValueError(f"positions count from 0, got {k}")
+        step = int(k) // self.config.batch_size
+        return {name: schedule.get_difficulty(step) for name, schedule in self._schedulers.items()}
+
+    @property
+    def _schedulers(self) -> dict[str, CurriculumScheduler]:
+        return self._strategy.schedulers
+
+    @property
+    def num_excluded(self) -> int:
+        """Samples that the run never sees, however long: above a curriculum's largest difficulty, or of weight 0."""
+        return self._strategy.excluded
+
+    # The batch sampler
+
+    def _check_last_batch(self, start: int) -> None:
+        """Check that the batches from position ``start`` can be shared among the replicas, the last one too."""
+        rest = (self.num_samples - start) % self.config.batch_size
+        if rest % self.config.num_replicas and not self.config.drop_last:
+            raise ValueError(
+                f"the last global batch has {rest} samples, which {self.config.num_replicas} replicas cannot share "
+                f"equally; set drop_last, or a num_samples that is a multiple of {self.config.num_replicas}"
+            )
+        if start == 0 and self.num_samples < self.config.batch_size and self.config.drop_last:
+            raise ValueError(
+                f"the run has {self.num_samples} samples, less than one batch of {self.config.batch_size}, and "
+                "drop_last leaves none; lower batch_size or lengthen the run"
+            )
+
+    def positions_at(self, k: int) -> range:
+        """The positions of this replica's part of the global batch that starts at position ``k``."""
+        size = min(self.config.batch_size, self.num_samples - k)
+        share = size // self.config.num_replicas
+        start = k + self.config.rank * share
+        return range(start, start + share)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This replica's sample indices, a list for each global batch, from the first batch not trained on."""
+        k = self._consumed
+        while k < self._end:
+            positions = self.positions_at(k)
+            yield self.sample_at(np.arange(positions.start, positions.stop)).tolist()
+            k += self.config.batch_size
+
+    def __len__(self) -> int:
+        """Batches that are left from the first not trained on."""
+        return -(-max(0, self._end - self._consumed) // self.config.batch_size)
+
+    @property
+    def _end(self) -> int:
+        """The position after the last batch."""
+        if self.config.drop_last:
+            # From where the run stands: it may have been consumed up to a place that is no multiple of the batch size.
+            left = max(0, self.num_samples - self._consumed)
+            return self._consumed + left // self.config.batch_size * self.config.batch_size
+        return self.num_samples
+
+    # State
+
+    @property
+    def consumed(self) -> int:
+        """Samples trained on, over all replicas: the position at which the next iteration starts."""
+        return self._consumed
+
+    def mark_trained(self, batches: int = 1) -> None:
+        """Count global batches as trained on, in the order in which the sampler gave them.
+
+        Raises:
+            ValueError: There are not that many batches left.
+        """
+        if not 0 <= batches <= len(self):
+            raise ValueError(f"{batches} batches were marked as trained on, but {len(self)} are left")
+        self._consumed = min(self._consumed + batches * self.config.batch_size, self.num_samples)
+        self._batches += batches
+
+    def set_consumed(self, consumed: int) -> None:
+        """Set how many samples of the run were trained on; the next iteration starts there.
+
+        Raises:
+            ValueError: It is negative or beyond the run.
+        """
+        if not 0 <= consumed <= self.num_samples:
+            raise ValueError(f"consumed must lie in 0..{self.num_samples} (num_samples), got {consumed}")
+        self._check_last_batch(int(consumed))
+        self._consumed = int(consumed)
+        self._batches = -(-self._consumed // self.config.batch_size)
+
+    def fingerprint(self) -> str:
+        """A digest of all that the order depends on: strategy, seed, schedule, metrics and the number of samples.
+
+        How batches are shared among replicas, and where the run ends, are not part of it: they may change on resuming.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = digest_of(len(self.data), self._order.digest())
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands, as plain values: samples and batches trained on, and the :meth:`fingerprint`."""
+        return {
+            "version": _STATE_VERSION,
+            "consumed": self._consumed,
+            "step": self._batches,
+            "fingerprint": self.fingerprint(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with any number of replicas.
+
+        Raises:
+            ValueError: The state is malformed, or belongs to another order.
+        """
+        version, consumed, step = (state.get(name) for name in ("version", "consumed", "step"))
+        if version != _STATE_VERSION or not isinstance(consumed, int) or not isinstance(step, int) or step < 0:
+            raise ValueError(
+                f"not a sampler's state of version {_STATE_VERSION}: version={version!r}, consumed={consumed!r}, "
+                f"step={step!r}"
+            )
+        if state.get("fingerprint") != self.fingerprint():
+            raise ValueError(
+                f"the state belongs to another order (fingerprint {state.get('fingerprint')}, here "
+                f"{self.fingerprint()}): the dataset, strategy, seed or curriculum changed since it was saved; restore "
+                "them, or call set_consumed to start the new order at a position of your choice"
+            )
+        self.set_consumed(consumed)
+        self._batches = step
