@@ -89,7 +89,7 @@ def balance(weights: Sequence[int] | Sequence[float], num_stages: int) -> tuple[
 
     Among the divisions with the lightest heaviest part, the one with the smallest sum of squared part weights is taken
     (so ten equal layers on four stages give 3, 3, 2, 2 in some order and not 3, 3, 3, 1), then the most even in
-    layers, then the one whose early parts end earliest. The result depends on nothing but the arguments.
+    layers, then the one whose last part starts earliest. The result depends on nothing but the arguments.
 
     Args:
         weights: One non-negative number for each element. Integers are compared exactly.

@@ -3,6 +3,7 @@
 import math
 from collections import namedtuple
 from collections.abc import Sequence
+from keyword import iskeyword
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class ProcessTopology:
         if len(self.axes) != len(self.dims) or not self.axes:
             raise ValueError(f"a topology needs one size for each axis, got axes {self.axes} and sizes {self.dims}")
         for axis, dim in zip(self.axes, self.dims, strict=True):
-            if not axis.isidentifier() or axis.startswith("_"):
+            if not axis.isidentifier() or iskeyword(axis) or axis.startswith("_"):
                 raise ValueError(f"axis name {axis!r} in {self.axes} is not a plain identifier")
             if self.axes.count(axis) > 1:
                 raise ValueError(f"axis {axis!r} is listed twice: {self.axes}")
