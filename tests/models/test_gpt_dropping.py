@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
 
 from penstock._core.batch_key import BatchKey, entered
 from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, convert_to_random_ltd, save_without_random_ltd
+from penstock.data_pipeline.random_ltd.sampling import keyed_indices
 from penstock.models import GPTBlock, GPTConfig, gpt_block_indices, gpt_layers, gpt_loss, gpt_model
 from penstock.pipe.module import PipelineModule
+from support.models_gpt_reference import reference_block, spread
 
 
 def config(**changes):
@@ -113,6 +118,35 @@ def test_every_layer_drops_and_counts():
     assert [(layer.computed_tokens, layer.passed_tokens) for layer in layers] == [(24, 40)] * 4
 
 
+@settings(max_examples=25)
+@given(
+    rows=st.integers(1, 3),
+    length=st.integers(1, 10),
+    share=st.floats(0, 1),
+    heads=st.integers(1, 3),
+    positions=st.sampled_from(["rope", "learned"]),
+    position_of_first=st.integers(0, 2**40),
+)
+def test_a_dropping_block_restricts_attention_to_the_kept_tokens(
+    rows, length, share, heads, positions, position_of_first
+):
+    torch.manual_seed(0)
+    shape = config(num_heads=heads, hidden_size=4 * heads, positions=positions)
+    block, kept = spread(GPTBlock(shape)), max(1, round(share * length))
+    sample_positions = tuple(range(position_of_first, position_of_first + rows))
+    hidden = torch.randn(rows, length, 4 * heads, dtype=torch.float64)
+    ids = torch.arange(length).expand(rows, length)
+    with entered(key(positions=sample_positions)):
+        out = RandomLayerTokenDrop(block, 2, reserved_length=kept)({"hidden": hidden, "position_ids": ids})
+    is_kept = torch.zeros(rows, length, dtype=torch.bool)
+    indices = keyed_indices(1, sample_positions, [2], length, kept)[0]
+    is_kept[torch.arange(rows)[:, None], torch.from_numpy(indices).long()] = True
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & is_kept[:, None, :] & is_kept[:, :, None]
+    computed = reference_block(block, shape, hidden, ids, allowed)
+    torch.testing.assert_close(out["hidden"], torch.where(is_kept[..., None], computed, hidden))
+    assert out["position_ids"] is ids
+
+
 @pytest.mark.parametrize("kept", [16, 8])
 def test_training_with_and_without_dropping_lowers_the_loss_of_the_whole_model(kept):
     model = dropping(gpt_model(config(num_layers=3)), kept)
@@ -127,3 +161,18 @@ def test_training_with_and_without_dropping_lowers_the_loss_of_the_whole_model(k
             gpt_loss(model.train()(TOKENS), labels).backward()
         optimizer.step()
     assert losses[-1] < losses[0] - 1.0
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_gradients_through_a_dropping_block(positions):
+    torch.manual_seed(0)
+    shape = config(num_heads=2, hidden_size=4, mlp_ratio=1.0, positions=positions)
+    layer = RandomLayerTokenDrop(spread(GPTBlock(shape)), 1, reserved_length=3)
+    hidden = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    ids = torch.arange(5).expand(2, 5)
+
+    def run(hidden, *_parameters):
+        with entered(key(slice(0, 2))):
+            return layer({"hidden": hidden, "position_ids": ids})["hidden"]
+
+    assert gradcheck(run, (hidden, *layer.parameters()))

@@ -111,6 +111,13 @@ def test_the_state_dict_loads_in_the_original(convert_type):
     assert torch.equal(other(x), model(x))
 
 
+def test_the_inside_of_a_parallel_wrapper_is_converted():
+    model = nn.DataParallel(Model(3))
+    assert convert_to_random_ltd(model, "blocks.1") is model
+    assert wrapped(model.module) == ["blocks.1"]
+    assert list(save_without_random_ltd(model)) == list(Model(3).state_dict())
+
+
 def test_training_with_dropping_changes_the_output_and_eval_does_not():
     torch.manual_seed(0)
     original = Model()

@@ -133,7 +133,9 @@ def test_deepspeeds_section_is_read_as_it_is():
     config = RandomLTDConfig.model_validate(section())
     assert config.random_ltd_layer_id == tuple(range(1, 23))
     assert config.hidden_state_order == "seq_batch_dim"
-    more = section(global_batch_size=4, micro_batch_size=2, layer_token_lr_schedule={"enabled": False})
+    more = section(
+        global_batch_size=4, micro_batch_size=2, layer_token_lr_schedule={"enabled": False, "warmup_type": "linear"}
+    )
     assert RandomLTDScheduler(more).config.global_batch_size == 4
 
 

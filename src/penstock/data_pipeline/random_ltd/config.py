@@ -62,9 +62,15 @@ class LayerTokenLR(_Section):
 
     Attributes:
         enabled: False.
+        total_layer_tokens: Part of the schedule that is off.
+        warmup_type: Part of the schedule that is off.
+        warmup_layer_tokens: Part of the schedule that is off.
     """
 
     enabled: bool = False
+    total_layer_tokens: int | None = None
+    warmup_type: str | None = None
+    warmup_layer_tokens: int | None = None
 
     @model_validator(mode="after")
     def _off(self) -> Self:

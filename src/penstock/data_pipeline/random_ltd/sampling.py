@@ -38,8 +38,8 @@ def gpt_sample_tokens(
         layers: Layers to draw for (L), each on its own.
         device: Where the indices are to lie.
         attn_mask: A causal mask ``[B or 1, heads or 1, S, S]``, or None.
-        key: Makes the draw a function of its arguments. Without one, torch's default generator is asked for a key, so
-            ``torch.manual_seed`` decides.
+        key: Makes the draw a function of its arguments. Without one, torch's default CPU generator is asked for a
+            key, so ``torch.manual_seed`` decides.
         positions: With ``key``: each row's sample position in the run's order, B integers (default ``0..B-1``).
         layer_ids: With ``key``: what names each layer, L integers (default ``0..L-1``).
 
@@ -166,7 +166,7 @@ def _sample(
             f"got {len(positions)} positions and {len(layer_ids)} layer_ids"
         )
     if key is None:
-        key = int(torch.randint(0, 2**63 - 1, ()))
+        key = int(torch.randint(0, 2**63 - 1, (), device="cpu"))
     indices = keyed_indices(key, positions, layer_ids, seq_length, reserved_length)
     return torch.from_numpy(indices).to(device)
 
