@@ -50,6 +50,22 @@ class OwnsExchange(Protocol):
 
     owns_exchange: bool
 
+    def bind_exchange(self, *, group: Any, replicas: int, meter: Any, watcher: Any) -> None:
+        """Say who the replicas are, and where bytes are counted and waits watched; before the first step.
+
+        Args:
+            group: The process group of the replicas; None for a single one.
+            replicas: How many there are.
+            meter: A :class:`penstock._core.meter.Meter`.
+            watcher: A :class:`penstock._core.waiting.Watcher`.
+        """
+
+    def error_state(self) -> dict[str, Any]:
+        """What belongs to this rank alone: error memories (tensors) and plain values, by name."""
+
+    def load_error_state(self, state: dict[str, Any]) -> Any:
+        """Restore what :meth:`error_state` returned on the same layout, copying into existing storage."""
+
 
 @runtime_checkable
 class BatchEngine(Protocol):

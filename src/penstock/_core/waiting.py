@@ -86,8 +86,8 @@ class Watcher:
         self.rank = rank
         self.deadline_s = deadline_s
         # A clone has a connection of its own: the thread must not queue behind the main thread's blocking calls.
-        self._store = None if store is None else store.clone()
-        self._report_store = None if store is None else store.clone()
+        self._store = None if store is None else store.clone()  # type: ignore[attr-defined]
+        self._report_store = None if store is None else store.clone()  # type: ignore[attr-defined]
         self._poll_s = poll_s
         self._leave = leave
         self._wait: Wait | None = None

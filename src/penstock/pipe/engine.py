@@ -109,13 +109,14 @@ class PipelineEngine:
         }
         self._agreed = groups.store is None
 
-    def train_step(self, batches: Sequence[MicroBatch], *, step: int) -> StepResult:
+    def train_step(self, batches: Sequence[MicroBatch], *, step: int, tally: float = 0.0) -> StepResult:
         """Forward and backward passes of one step; leaves the gradient of the global batch in ``.grad``.
 
         Args:
             batches: This replica's micro-batches, in order; ranks between the first and the last stage may leave
                 inputs and targets None.
             step: Optimizer step, the same on every rank.
+            tally: A number to add up over all ranks along with the losses, tokens read here for example.
 
         Raises:
             ValueError: A wrong number of micro-batches, a loss that is no scalar, a stage output that cannot be sent,
@@ -130,16 +131,17 @@ class PipelineEngine:
             weight = 1.0 / (self.micro_batches * self.groups.num_replicas)
             self.exchange.begin_step(lambda: weight)
             self._run(self._program, state)
-            total = self._start_mean(state.losses)
+            total = self._start_mean(state.losses, tally)
             self._tied.sum()
             self.exchange.ready(self._tied.parameters)
             with self.meter.timed("wait_replicas"), self.watcher.waiting("exchange of gradients"):
                 self.exchange.finish()
             self._transport.drain()
-            loss = self._finish_mean(total)
+            loss, tallied = self._finish_mean(total)
         spent = {name: seconds - before.get(name, 0.0) for name, seconds in self.meter.seconds.items()}
         return StepResult(
             loss=loss,
+            tally=tallied,
             seconds=time.perf_counter() - start,
             compute_seconds=spent.get("compute", 0.0),
             bubble_seconds=spent.get("wait_forward", 0.0) + spent.get("wait_backward", 0.0),
@@ -158,7 +160,7 @@ class PipelineEngine:
             self._run(self._forward_program(len(batches)), state)
             total = self._start_mean(state.losses)
             self._transport.drain()
-            return self._finish_mean(total)
+            return self._finish_mean(total)[0]
 
     def predict_step(
         self, batches: Sequence[MicroBatch], *, step: int = 0, broadcast: bool = False
@@ -312,9 +314,10 @@ class PipelineEngine:
         tensors = [tensor.detach() for tensor in value.tensors]
         state.mailbox[direction, to, micro_batch] = Received(value.structure, tensors, wants, value.positions)
 
-    def _start_mean(self, losses: Sequence[Tensor]) -> tuple[Tensor, dist.Work | None]:
-        """Start summing losses and their number over all ranks; those without the last stage add nothing."""
-        total = torch.zeros(2, dtype=torch.float64)
+    def _start_mean(self, losses: Sequence[Tensor], tally: float = 0.0) -> tuple[Tensor, dist.Work | None]:
+        """Start summing losses, their number and a tally; ranks without the last stage add no losses."""
+        total = torch.zeros(3, dtype=torch.float64)
+        total[2] = tally
         if losses:
             total[0] = torch.stack(list(losses)).double().sum()
             total[1] = len(losses)
@@ -323,12 +326,12 @@ class PipelineEngine:
         self.meter.all_reduce(CONTROL, total.nbytes, self.groups.topology.world_size())
         return total, dist.all_reduce(total, group=self.groups.control, async_op=True)
 
-    def _finish_mean(self, pending: tuple[Tensor, dist.Work | None]) -> float:
+    def _finish_mean(self, pending: tuple[Tensor, dist.Work | None]) -> tuple[float, float]:
         total, work = pending
         if work is not None:
             with self.meter.timed("wait_loss"), self.watcher.waiting("mean loss"):
                 work.wait()
-        return float(total[0] / total[1])
+        return float(total[0] / total[1]), float(total[2])
 
     @contextmanager
     def _failures_reported(self, state: StepState) -> Iterator[None]:

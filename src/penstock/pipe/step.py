@@ -17,12 +17,14 @@ class StepResult:
 
     Attributes:
         loss: Mean over the global batch; the same bits on every rank.
+        tally: The ranks' tallies added up; the same bits on every rank.
         seconds: Wall-clock of the step on this rank.
         compute_seconds: Spent in forward and backward passes (on a GPU: in launching them).
         bubble_seconds: Spent waiting for activations and gradients of neighbouring stages.
     """
 
     loss: float
+    tally: float
     seconds: float
     compute_seconds: float
     bubble_seconds: float

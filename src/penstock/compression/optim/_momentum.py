@@ -12,7 +12,7 @@ from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import Bucket
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.group import ranks_of
-from penstock.compression.reduction import Reduction, make_reduction
+from penstock.compression.reduction import LocalReduction, Reduction, make_reduction
 
 _FLOOR_BLOCK: Final = 1024
 """Elements over which a frozen deviation is compared with its neighbours'."""
@@ -51,14 +51,31 @@ class MomentumBucket:
         self._momentum_views = layout.views(self._exp_avg)
         self._denominator_views = layout.views(self._denominator)
         self._gaps = layout.gaps(self._exchanged)
-        ranks = ranks_of(group)
-        self._memory = None
-        if ranks > 1 and not algorithm.lossless:
+        self._algorithm = algorithm
+        self.bind(group, alone=ranks_of(group) == 1, meter=meter, watcher=watcher)
+
+    def bind(
+        self, group: dist.ProcessGroup | None, *, alone: bool, meter: Meter | None, watcher: Watcher | None
+    ) -> None:
+        """Say who the replicas are; error memories start empty.
+
+        Args:
+            group: The replicas.
+            alone: There is but this one, whatever the group.
+            meter: Counts bytes and waiting seconds.
+            watcher: Bounds the waits.
+        """
+        self._memory: ErrorMemory | None = None
+        self._plain: Reduction = LocalReduction()
+        self._compressed: Reduction = LocalReduction()
+        if alone:
+            return
+        if not self._algorithm.lossless:
             self._memory = ErrorMemory.for_tensor(self._exchanged, group)
-        factor = 1.0 / ranks
+        factor = 1.0 / ranks_of(group)
         self._plain = make_reduction(self._exchanged, None, group, factor=factor, meter=meter, watcher=watcher)
         self._compressed = make_reduction(
-            self._exchanged, algorithm, group, memory=self._memory, factor=factor, meter=meter, watcher=watcher
+            self._exchanged, self._algorithm, group, memory=self._memory, factor=factor, meter=meter, watcher=watcher
         )
 
     def state_views(self) -> dict[nn.Parameter, dict[str, Tensor]]:

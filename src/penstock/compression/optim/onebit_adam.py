@@ -114,6 +114,25 @@ class OneBitAdam(Optimizer):
         """Whether the next step sends compressed momentum."""
         return self._steps_done() >= self.freeze_step
 
+    def bind_exchange(
+        self, *, group: dist.ProcessGroup | None, replicas: int, meter: Meter | None, watcher: Watcher | None
+    ) -> None:
+        """Say who the replicas are after all; for an engine that is given the optimizer ready-made.
+
+        Args:
+            group: The replicas; None with ``replicas=1``, for one replica of several ranks.
+            replicas: How many there are.
+            meter: Counts bytes and waiting seconds.
+            watcher: Bounds the waits.
+
+        Raises:
+            ValueError: The first step is done: error memories would be lost.
+        """
+        if self._steps_done():
+            raise ValueError(f"the exchange is bound before the first step, but {self._steps_done()} were made")
+        for bucket in self._all_buckets():
+            bucket.bind(group, alone=replicas == 1, meter=meter, watcher=watcher)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Groups are given when the optimizer is made.
 

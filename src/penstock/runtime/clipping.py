@@ -1,0 +1,43 @@
+"""Gradient clipping by the global norm, over all stages of the pipeline, tied weights counted once."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from penstock._core.meter import CONTROL, Meter
+
+
+def global_norm(
+    parameters: Iterable[nn.Parameter], *, group: dist.ProcessGroup | None = None, meter: Meter | None = None
+) -> float:
+    """The Euclidean norm of the gradients of all parameters on all ranks of ``group``, in float64.
+
+    Args:
+        parameters: This rank's share; a tied parameter belongs to one rank's share only.
+        group: The ranks of one pipeline replica; None when this rank holds the whole model.
+        meter: Where the bytes of the sum are counted.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            total += parameter.grad.detach().double().square().sum().cpu()
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+        if meter is not None:
+            meter.all_reduce(CONTROL, total.element_size(), dist.get_world_size(group))
+    return float(total.sqrt())
+
+
+def clip_(parameters: Iterable[nn.Parameter], *, norm: float, max_norm: float) -> None:
+    """Scale gradients in place by ``max_norm / norm`` if ``norm`` exceeds ``max_norm``.
+
+    A norm that is not finite is left to the caller: scaling by it would turn every gradient into NaN or zero.
+    """
+    if norm <= max_norm:
+        return
+    scale = max_norm / norm
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale)

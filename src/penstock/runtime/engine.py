@@ -1,0 +1,322 @@
+"""The run that composes the four parts: batches in order, stages, exchange, optimizer, ledger."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from penstock._core.meter import Meter
+from penstock._core.protocols import GradientExchange, OwnsExchange
+from penstock._core.waiting import Watcher
+from penstock.data_pipeline.data_sampling import DataSampler
+from penstock.pipe.engine import PipelineEngine
+from penstock.pipe.groups import PipeGroups
+from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.module import PipelineModule
+from penstock.pipe.stage import Stage
+from penstock.pipe.step import StepResult
+from penstock.runtime import batches
+from penstock.runtime.batches import Collate, Cut
+from penstock.runtime.clipping import clip_, global_norm
+from penstock.runtime.config import TrainConfig
+from penstock.runtime.dropping import Dropping
+from penstock.runtime.ledger_rates import Rates
+from penstock.runtime.lr_schedule import LRSchedule
+from penstock.runtime.process import Process
+from penstock.runtime.shared_parameters import SharedParameters
+
+
+class NotFiniteError(RuntimeError):
+    """The loss or the gradient norm is NaN or infinite; training on would only spread it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one training step did.
+
+    Attributes:
+        step: The step, from 0.
+        loss: Mean loss of the global batch.
+        lr: Learning rate factor's result for the first parameter group.
+        tokens: Tokens consumed after the step.
+        samples: Samples consumed after the step.
+        kept_tokens: Tokens that dropping layers kept per sequence; None without dropping.
+        difficulty: Curriculum difficulty by metric at the step's first sample.
+        gradient_norm: Global norm before clipping; None without clipping.
+        seconds: Wall-clock of the step on this rank.
+        bubble_seconds: Of these, waiting for neighbours in the pipeline.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    tokens: int
+    samples: int
+    kept_tokens: int | None
+    difficulty: dict[str, float]
+    gradient_norm: float | None
+    seconds: float
+    bubble_seconds: float
+
+
+@dataclass
+class Progress:
+    """Where the run stands; what a checkpoint's state begins with.
+
+    Attributes:
+        step: Optimizer steps completed.
+        samples: Samples consumed: the position ``k`` in the run's order at which the next step begins.
+        tokens: Tokens consumed.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What :func:`penstock.initialize` puts together for an :class:`Engine`."""
+
+    config: TrainConfig
+    process: Process
+    watcher: Watcher
+    meter: Meter
+    groups: PipeGroups
+    stage: Stage
+    module: PipelineModule | None
+    shared: SharedParameters
+    pipeline: PipelineEngine
+    exchange: GradientExchange
+    optimizer: Optimizer
+    schedule: LRSchedule | None
+    cut: Cut
+    dropping: Dropping | None
+    rates: Rates
+    training_data: Any = None
+    order: DataSampler | None = None
+    collate: Collate = field(default=batches.collate_samples)
+
+
+class Engine:
+    """Trains one model over the processes of a run; made by :func:`penstock.initialize`.
+
+    Every rank makes the same calls in the same order. An exception on one rank ends the others within seconds, with its
+    message.
+
+    Attributes:
+        config: The run's configuration.
+        stage: The layers on this rank, an ``nn.Module``.
+        optimizer: The optimizer of these layers.
+        progress: Steps, samples and tokens so far.
+        ledger: What was spent.
+        last: Report of the last training step, or None.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.config = parts.config
+        self.stage = parts.stage
+        self.optimizer = parts.optimizer
+        self.progress = Progress()
+        self.ledger = parts.rates.ledger
+        self.last: StepReport | None = None
+        self._iterator: Iterator[Any] | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.parts.process.rank
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return self.parts.process.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.parts.process.device
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> float:
+        """One optimizer step on one global batch.
+
+        Args:
+            data_iter: Yields this replica's micro-batches as pairs ``(inputs, targets)``; ranks that hold neither the
+                first nor the last stage do not touch it. None reads ``training_data`` in the sampler's order.
+
+        Returns:
+            The mean loss over the global batch, the same on every rank.
+
+        Raises:
+            ValueError: There is no data, or it does not fit.
+            NotFiniteError: The loss or the gradient norm is not finite; the weights are those before the step.
+        """
+        parts, progress = self.parts, self.progress
+        with self._told("train_batch"):
+            started = time.perf_counter()
+            kept = None if parts.dropping is None else parts.dropping.update(progress.step)
+            micro_batches = self._training_batches(data_iter)
+            read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.is_first else 0
+            result = parts.pipeline.train_step(micro_batches, step=progress.step, tally=read)
+            tokens = round(result.tally)
+            self._check_finite("loss", result.loss)
+            norm = self._clip()
+            lr = self._set_lr(tokens)
+            self._step_optimizer()
+            self._advance(started, kept, lr, norm, tokens, result)
+        return result.loss
+
+    def eval_batch(self, data_iter: Iterator[Any]) -> float:
+        """Mean loss of one global batch in eval mode, without gradients, the same on every rank.
+
+        Args:
+            data_iter: As for :meth:`train_batch`.
+        """
+        parts = self.parts
+        with self._told("eval_batch"):
+            micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples)
+            return parts.pipeline.eval_step(micro_batches, step=self.progress.step)
+
+    def predict_batch(self, data_iter: Iterator[Any]) -> list[Any]:
+        """Outputs of the last layer for one global batch in eval mode: this replica's micro-batches in order.
+
+        Args:
+            data_iter: Yields inputs, or pairs of which the second is ignored.
+
+        Returns:
+            A list with one output per micro-batch, on every rank of the pipeline.
+        """
+        parts = self.parts
+        with self._told("predict_batch"):
+            micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=False)
+            outputs = parts.pipeline.predict_step(micro_batches, broadcast=True)
+            assert outputs is not None  # broadcast gives them to every rank
+            return outputs
+
+    def save_checkpoint(self, directory: str | Path, *, keep: int | None = None) -> Path:
+        """Write a checkpoint ``directory/step_NNNNNNNN``, complete once this returns; every rank calls it.
+
+        Args:
+            directory: The same on every rank, on storage that all of them see.
+            keep: How many complete checkpoints to keep; None keeps all.
+
+        Returns:
+            The checkpoint's own directory.
+        """
+        from penstock.runtime.engine_state import save
+
+        with self._told("save_checkpoint"):
+            return save(self, Path(directory), keep=keep)
+
+    def load_checkpoint(self, directory: str | Path) -> Path:
+        """Load a checkpoint, or the newest complete one in a directory of several; every rank calls it.
+
+        The layout may differ from the one it was written on: layers are found by their canonical names. On the same
+        layout training goes on bit for bit; on another one, what belongs to a rank alone (the error memories of
+        compression) starts at zero.
+
+        Returns:
+            The checkpoint that was loaded.
+        """
+        from penstock.runtime.engine_state import load
+
+        with self._told("load_checkpoint"):
+            return load(self, Path(directory))
+
+    def close(self) -> None:
+        """End the watcher and, if :func:`penstock.initialize` made it, the process group."""
+        self.parts.watcher.stop()
+        self.parts.process.leave()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.parts.watcher.report(error)
+            return  # work may be in flight: the process is about to end, and must not wait for it
+        self.close()
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Tell the other ranks when this one fails."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"rank {self.rank}, {what}, step {self.progress.step}")
+            self.parts.watcher.report(error)
+            raise
+
+    def _training_batches(self, data_iter: Iterator[Any] | None) -> list[MicroBatch]:
+        parts = self.parts
+        if data_iter is not None:
+            return batches.from_iterator(data_iter, parts.cut, self.progress.samples)
+        if parts.training_data is None or parts.order is None:
+            raise ValueError(
+                "there is nothing to train on: give train_batch a data_iter, initialize a training_data, "
+                "or the configuration a data.train"
+            )
+        return batches.from_order(parts.training_data, parts.order, parts.collate, parts.cut, self.progress.samples)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if value - value != 0.0:  # NaN and both infinities
+            raise NotFiniteError(
+                f"step {self.progress.step}: the {what} is {value}; lower the learning rate, look at the samples at "
+                f"positions {self.progress.samples} to {self.progress.samples + self.parts.cut.global_batch_size - 1}, "
+                "or go back to an earlier checkpoint"
+            )
+
+    def _clip(self) -> float | None:
+        limit = self.config.optimizer.gradient_clipping
+        if limit is None:
+            return None
+        parts = self.parts
+        norm = global_norm(parts.shared.counted_here, group=parts.groups.pipeline, meter=parts.meter)
+        self._check_finite("gradient norm", norm)
+        clip_(self.stage.parameters(), norm=norm, max_norm=limit)
+        return norm
+
+    def _set_lr(self, step_tokens: int) -> float:
+        schedule = self.parts.schedule
+        for group in self.optimizer.param_groups:
+            if schedule is not None:
+                factor = schedule.lr_for_step(self.progress.tokens, step_tokens) / schedule.peak
+                group["lr"] = group["initial_lr"] * factor
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
+
+    def _step_optimizer(self) -> None:
+        if isinstance(self.optimizer, OwnsExchange):
+            with self.parts.meter.timed("wait_replicas"):
+                self.optimizer.step()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _advance(
+        self, started: float, kept: int | None, lr: float, norm: float | None, tokens: int, result: StepResult
+    ) -> None:
+        parts, progress = self.parts, self.progress
+        difficulty = {} if parts.order is None else dict(parts.order.difficulty_at(progress.samples))
+        progress.step += 1
+        progress.samples += parts.cut.global_batch_size
+        progress.tokens += tokens
+        seconds = time.perf_counter() - started
+        parts.rates.enter(tokens=tokens, kept=kept, seconds=seconds, bubble_seconds=result.bubble_seconds)
+        self.last = StepReport(
+            step=progress.step - 1,
+            loss=result.loss,
+            lr=lr,
+            tokens=progress.tokens,
+            samples=progress.samples,
+            kept_tokens=kept,
+            difficulty=difficulty,
+            gradient_norm=norm,
+            seconds=seconds,
+            bubble_seconds=result.bubble_seconds,
+        )

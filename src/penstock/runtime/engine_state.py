@@ -1,0 +1,193 @@
+"""An engine's state in a checkpoint: by canonical layer what belongs to the model, by rank what belongs to a rank."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor
+
+from penstock._core.protocols import OwnsExchange
+from penstock._version import __version__
+from penstock.runtime.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    copy_into,
+    latest_complete,
+    prune,
+)
+from penstock.runtime.gather import gather_json
+from penstock.runtime.optimizers import load_state, save_state
+from penstock.runtime.tied_check import check_copies
+
+if TYPE_CHECKING:
+    from penstock.runtime.engine import Engine, Parts
+
+_EXCHANGE: Final = "exchange"
+_OPTIMIZER: Final = "optimizer"
+
+
+def save(engine: "Engine", directory: Path, *, keep: int | None) -> Path:
+    """Write a checkpoint; see :meth:`penstock.runtime.engine.Engine.save_checkpoint`."""
+    parts = engine.parts
+    _check_tied(parts)
+    writer = CheckpointWriter(directory, engine.progress.step)
+    if parts.groups.replica == 0:
+        for layer, tensors in _layers(parts).items():
+            writer.write_layer(layer, tensors)
+    tensors, plain = _rank_state(parts)
+    if tensors:
+        writer.write_rank(parts.process.rank, tensors)
+    mine = {"files": writer.written, "plain": plain, "ledger": parts.rates.ledger.state_dict()}
+    with parts.watcher.waiting("writing a checkpoint"):
+        everyone = gather_json(mine, group=parts.groups.control, meter=parts.meter)
+        if parts.process.rank == 0:
+            state = {
+                "penstock_version": __version__,
+                "progress": asdict(engine.progress),
+                "layout": layout(parts),
+                "config": parts.config.to_dict(),
+                "sampler": None if parts.order is None else parts.order.state_dict(),
+                "ranks": [{"plain": rank["plain"], "ledger": rank["ledger"]} for rank in everyone],
+            }
+            writer.seal(state, [name for rank in everyone for name in rank["files"]])
+            if keep is not None:
+                prune(directory, keep)
+        gather_json("sealed", group=parts.groups.control, meter=parts.meter)
+    return writer.path
+
+
+def load(engine: "Engine", directory: Path) -> Path:
+    """Load a checkpoint; see :meth:`penstock.runtime.engine.Engine.load_checkpoint`."""
+    parts = engine.parts
+    checkpoint = find(directory)
+    state = checkpoint.read_state()
+    _load_layers(parts, checkpoint)
+    same_layout = state["layout"] == layout(parts)
+    _load_rank_state(parts, checkpoint, state, same_layout=same_layout)
+    if parts.order is not None and state["sampler"] is not None:
+        parts.order.load_state_dict(state["sampler"])
+    engine.progress.step = int(state["progress"]["step"])
+    engine.progress.samples = int(state["progress"]["samples"])
+    engine.progress.tokens = int(state["progress"]["tokens"])
+    return checkpoint.path
+
+
+def find(directory: Path) -> Checkpoint:
+    """The checkpoint at a path: itself, or the newest complete one inside.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if (directory / "manifest.json").is_file():
+        return Checkpoint(directory)
+    passed_over: list[str] = []
+    checkpoint = latest_complete(directory, passed_over.append)
+    if checkpoint is None:
+        seen = "; ".join(passed_over) or "it holds no checkpoints"
+        raise ValueError(f"{directory}: no complete checkpoint to load ({seen})")
+    return checkpoint
+
+
+def layout(parts: "Parts") -> dict[str, Any]:
+    """What must be equal for the state that belongs to ranks to be loaded again."""
+    bounds = None if parts.module is None else parts.module.bounds
+    return {
+        "stages": parts.groups.num_pipe_ranks,
+        "replicas": parts.groups.num_replicas,
+        "bounds": None if bounds is None else list(bounds),
+    }
+
+
+def load_weights(parts: "Parts", checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights and buffers into the stage, and nothing else."""
+    saved: dict[int, dict[str, Tensor]] = {}
+    for kind, name, tensor in _named_tensors(parts):
+        key = f"{kind}:{name}"
+        tensors = saved.setdefault(_layer_of(name), checkpoint.read_layer(_layer_of(name)))
+        if key not in tensors:
+            raise ValueError(f"{checkpoint.path}: holds no {kind} {name!r}; it was written by another model")
+        copy_into(tensor, tensors[key], f"{checkpoint.path}: {name}")
+
+
+def _check_tied(parts: "Parts") -> None:
+    tied = parts.stage.tied
+    for key, group in sorted(parts.groups.tied.items()):
+        with parts.watcher.waiting(f"comparing the copies of {key}", stage=parts.stage.index):
+            check_copies(tied[key], group=group, meter=parts.meter)
+
+
+def _named_tensors(parts: "Parts") -> list[tuple[str, str, Tensor]]:
+    """Weights and persistent buffers of the stage as ``(kind, canonical name, tensor)``."""
+    found = [("weight", name, p.detach()) for name, p in parts.stage.canonical_parameters()]
+    for index, module in parts.stage.canonical_modules():
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        found += [
+            ("buffer", f"layer_{index:03d}.{name}", tensor)
+            for name, tensor in module.state_dict().items()
+            if name not in parameters and isinstance(tensor, Tensor)
+        ]
+    return found
+
+
+def _layer_of(name: str) -> int:
+    return int(name.removeprefix("layer_").partition(".")[0])
+
+
+def _layers(parts: "Parts") -> dict[int, dict[str, Tensor]]:
+    """What this rank writes: its layers' tensors, without copies of weights that another stage owns."""
+    local = range(parts.stage.start, parts.stage.stop)
+    layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for kind, name, tensor in _named_tensors(parts):
+        layers[_layer_of(name)][f"{kind}:{name}"] = tensor
+    for name, entries in save_state(parts.optimizer, parts.shared.names).items():
+        for key, value in entries.items():
+            layers[_layer_of(name)][f"{_OPTIMIZER}.{key}:{name}"] = value
+    return {layer: tensors for layer, tensors in layers.items() if layer in local}
+
+
+def _load_layers(parts: "Parts", checkpoint: Checkpoint) -> None:
+    load_weights(parts, checkpoint)
+    saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for layer in sorted({_layer_of(name) for name in parts.shared.names.values()}):
+        for key, tensor in checkpoint.read_layer(layer).items():
+            kind, _, name = key.partition(":")
+            if kind.startswith(f"{_OPTIMIZER}."):
+                saved[name][kind.removeprefix(f"{_OPTIMIZER}.")] = tensor
+    load_state(parts.optimizer, parts.shared.names, saved)
+
+
+def _rank_state(parts: "Parts") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The exchange's and the optimizer's state that belongs to this rank: tensors, and plain values."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for owner, state in ((_EXCHANGE, parts.exchange.state_dict()), (_OPTIMIZER, _error_state(parts))):
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{owner}.{name}"] = value
+            else:
+                plain[f"{owner}.{name}"] = value
+    return tensors, plain
+
+
+def _load_rank_state(parts: "Parts", checkpoint: Checkpoint, state: Mapping[str, Any], *, same_layout: bool) -> None:
+    if not same_layout:
+        return
+    rank = parts.process.rank
+    mine = state["ranks"][rank]
+    parts.rates.ledger.load_state_dict(mine["ledger"])
+    everything: dict[str, Any] = dict(mine["plain"])
+    if rank in checkpoint.ranks:
+        everything.update(checkpoint.read_rank(rank))
+    by_owner: dict[str, dict[str, Any]] = {_EXCHANGE: {}, _OPTIMIZER: {}}
+    for name, value in everything.items():
+        owner, _, key = name.partition(".")
+        by_owner[owner][key] = value
+    parts.exchange.load_state_dict(by_owner[_EXCHANGE])
+    if isinstance(parts.optimizer, OwnsExchange):
+        parts.optimizer.load_error_state(by_owner[_OPTIMIZER])
+
+
+def _error_state(parts: "Parts") -> dict[str, Any]:
+    return dict(parts.optimizer.error_state()) if isinstance(parts.optimizer, OwnsExchange) else {}

@@ -1,0 +1,79 @@
+"""What a held-out loss is compared with: a unigram model on the same tokens, and bits per byte of text."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """An evaluation on held-out text.
+
+    Attributes:
+        nats_per_token: Mean loss of the model.
+        unigram_nats_per_token: Mean loss on the same tokens of a model that knows only how frequent each token is in
+            the training text (add-one smoothed).
+        tokens: Tokens that were predicted.
+        bits_per_byte: The loss per byte of the text that these tokens spell; None without a byte-level tokenizer.
+    """
+
+    nats_per_token: float
+    unigram_nats_per_token: float
+    tokens: int
+    bits_per_byte: float | None
+
+
+def unigram_log_probabilities(tokens: npt.NDArray[Any], vocab_size: int) -> npt.NDArray[np.float64]:
+    """Log probability of every token under add-one smoothed counts of a corpus, in nats.
+
+    Args:
+        tokens: The training tokens, one row, possibly memory-mapped; read in pieces.
+        vocab_size: Size of the vocabulary.
+    """
+    counts = np.ones(vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), _CHUNK):
+        counts += np.bincount(tokens[start : start + _CHUNK].astype(np.int64), minlength=vocab_size)
+    return np.asarray(np.log(counts) - math.log(int(counts.sum())), dtype=np.float64)
+
+
+def held_out(
+    nats_per_token: float,
+    labels: npt.NDArray[np.integer[Any]],
+    log_probabilities: npt.NDArray[np.float64],
+    token_bytes: npt.NDArray[np.int64] | None,
+) -> HeldOut:
+    """Put a model's loss beside the unigram model's on the same labels.
+
+    Args:
+        nats_per_token: Mean loss of the model over ``labels``.
+        labels: The tokens that were predicted, any shape.
+        log_probabilities: From :func:`unigram_log_probabilities`.
+        token_bytes: Bytes of text that each token of the vocabulary spells, or None.
+    """
+    flat = labels.reshape(-1).astype(np.int64)
+    unigram = -float(log_probabilities[flat].mean())
+    bits = None
+    if token_bytes is not None and (size := int(token_bytes[flat].sum())):
+        bits = nats_per_token * flat.size / math.log(2) / size
+    return HeldOut(nats_per_token, unigram, int(flat.size), bits)
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
+    """How many bytes of text each token of a byte-level tokenizer spells; special tokens spell none.
+
+    None for a tokenizer that is not byte-level, whose tokens do not add up to the text.
+    """
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    sizes = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        # In a byte-level vocabulary every character of a token stands for one byte.
+        sizes[number] = 0 if number in special else len(token)
+    return sizes

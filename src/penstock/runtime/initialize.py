@@ -1,0 +1,295 @@
+"""``penstock.initialize``: from a model and a configuration to an engine."""
+
+import datetime
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from penstock._core.meter import Meter
+from penstock._core.protocols import GradientExchange, OwnsExchange
+from penstock._core.waiting import Watcher
+from penstock.compression import LocalGradients, Reducer, create_compression_algorithm
+from penstock.data_pipeline.data_sampling import DataSampler
+from penstock.data_pipeline.datasets import TokenWindows, open_dataset
+from penstock.data_pipeline.datasets.indexed import IndexedDataset
+from penstock.pipe.engine import PipelineEngine
+from penstock.pipe.groups import PipeGroups, tied_ranks
+from penstock.pipe.module import PipelineModule
+from penstock.pipe.topology import PipeDataParallelTopology
+from penstock.runtime.batches import Cut
+from penstock.runtime.config import TrainConfig, check_world, load_config
+from penstock.runtime.dropping import Dropping
+from penstock.runtime.engine import Engine, Parts
+from penstock.runtime.ledger_rates import Rates
+from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
+from penstock.runtime.optimizers import OptimizerFactory, check_parameters, optimizer_factory, parameter_groups
+from penstock.runtime.plain_model import plain_stage
+from penstock.runtime.process import Process
+from penstock.runtime.shared_parameters import SharedParameters
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# The watcher's own message says more than torch's, so it is to come first.
+_TORCH_TIMEOUT_FACTOR = 2
+
+
+def initialize(
+    model: PipelineModule | nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any] | TrainConfig,
+    *,
+    training_data: Any = None,
+    optimizer: Optimizer | OptimizerFactory | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+) -> Engine:
+    """Put a model, data and an optimizer together over the processes of this run.
+
+    Started by ``torchrun`` (or anything that sets its environment variables) every process calls this alike and gets
+    its part; started alone, the one process holds everything. DDP is never used: the engine exchanges gradients itself.
+
+    Everything that can be checked is checked before a process group is made or a weight allocated.
+
+    Args:
+        model: A :class:`penstock.pipe.PipelineModule`, or any ``nn.Module``, which is trained in place on one stage.
+        config: A YAML or JSON file, a mapping, or a loaded configuration; see :class:`TrainConfig`.
+        training_data: A map-style dataset or a path; None takes ``data.train`` of the configuration, if it names one.
+            Datasets of token rows give inputs and labels, others must give pairs ``(inputs, targets)``.
+        optimizer: A factory called with a list of parameter groups (dicts with ``params``, as torch's optimizers
+            take them), or, for a plain module, an optimizer over its parameters. None builds the configuration's.
+        loss_fn: ``loss_fn(output, targets)`` returns a scalar. None takes the PipelineModule's, or else expects the
+            model to return the loss.
+
+    Returns:
+        The engine, with its watcher running. Use it as a context manager, or call ``close()`` at the end.
+
+    Raises:
+        ValueError: Something about the model, the configuration, the data or the number of processes does not fit; the
+            message has the numbers and the remedy.
+    """
+    settings = load_config(config)
+    settings, module = _placed(model, settings)
+    world_size = Process.planned_world_size()
+    replicas = check_world(settings, world_size)
+    micro_batches = settings.micro_batches(replicas)
+    loss = loss_fn if loss_fn is not None else getattr(model, "loss_fn", None)
+    _check_optimizer(model, optimizer)
+    dropping = _dropping(settings, module)
+    dataset = _dataset(settings, training_data)
+    order = None if dataset is None else _order(settings, dataset)
+    schedule = _schedule(settings, optimizer)
+
+    process = Process.join(settings.deadline_s)
+    watcher = Watcher(rank=process.rank, deadline_s=settings.deadline_s, store=process.store).start()
+    try:
+        meter = Meter()
+        topology = PipeDataParallelTopology(num_pp=settings.pipe.stages, num_dp=replicas)
+        groups = PipeGroups(
+            topology,
+            tied=None if module is None else tied_ranks(module),
+            rank=process.rank,
+            timeout=datetime.timedelta(seconds=_TORCH_TIMEOUT_FACTOR * settings.deadline_s),
+            device=process.device,
+            watcher=watcher,
+            store=process.store,
+        )
+        dtype = _DTYPES[settings.precision]
+        if module is None:
+            assert isinstance(model, nn.Module)
+            stage = plain_stage(model, device=process.device, dtype=dtype)
+        else:
+            stage = module.build_stage(groups.pipe_rank, device=process.device, dtype=dtype)
+        shared = SharedParameters.of(stage, module)
+        if dropping is not None:
+            dropping.wrap(stage)
+        built = _optimizer(settings, optimizer, shared, stage)
+        exchange = _exchange(settings, built, shared, groups, meter, watcher)
+        pipeline = PipelineEngine(
+            stage,
+            schedule=settings.pipe.schedule,
+            micro_batches=micro_batches,
+            groups=groups,
+            exchange=exchange,
+            loss_fn=loss,
+            watcher=watcher,
+            meter=meter,
+            seed=settings.seed,
+            device=process.device,
+        )
+        cut = Cut(
+            micro_batch_size=settings.train.micro_batch_size,
+            micro_batches=micro_batches,
+            replica=groups.replica,
+            replicas=replicas,
+            is_first=stage.is_first,
+            is_last=stage.is_last,
+            device=process.device,
+        )
+        return Engine(
+            Parts(
+                config=settings,
+                process=process,
+                watcher=watcher,
+                meter=meter,
+                groups=groups,
+                stage=stage,
+                module=module,
+                shared=shared,
+                pipeline=pipeline,
+                exchange=exchange,
+                optimizer=built,
+                schedule=schedule,
+                cut=cut,
+                dropping=dropping,
+                rates=Rates.of(module, stage, dropping, cut, meter),
+                training_data=dataset,
+                order=order,
+            )
+        )
+    except BaseException as error:
+        watcher.report(error)
+        watcher.stop()
+        raise
+
+
+def _placed(model: Any, config: TrainConfig) -> tuple[TrainConfig, PipelineModule | None]:
+    """The configuration and the model with the same number of stages and the same seed."""
+    if isinstance(model, PipelineModule):
+        stages = config.pipe.stages
+        given = "stages" in config.pipe.model_fields_set
+        if model.num_stages is None or (given and model.num_stages != stages and model.topology is None):
+            if model.num_stages is not None:
+                raise ValueError(
+                    f"the model was divided into num_stages={model.num_stages}, but the configuration says "
+                    f"pipe.stages={stages}; make them equal, or leave num_stages out"
+                )
+            return config, model.partitioned(stages)
+        if model.topology is not None and (given and model.num_stages != stages):
+            raise ValueError(
+                f"the model's topology has {model.num_stages} stages, but the configuration says pipe.stages={stages}"
+            )
+        pipe = config.pipe.model_copy(update={"stages": model.num_stages})
+        return config.model_copy(update={"pipe": pipe}), model
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a PipelineModule or a torch.nn.Module, got {type(model).__name__}; "
+            "wrap a list of layers as PipelineModule(layers, ...)"
+        )
+    if config.pipe.stages != 1:
+        raise ValueError(
+            f"pipe.stages={config.pipe.stages}, but a plain {type(model).__name__} cannot be divided; describe it as "
+            "PipelineModule(layers, num_stages=...), or set pipe.stages: 1"
+        )
+    if config.random_ltd_enabled:
+        raise ValueError(
+            "the configuration's random_ltd section applies to a PipelineModule; for a plain module call "
+            "convert_to_random_ltd(model, ...) and drive a RandomLTDScheduler yourself"
+        )
+    return config, None
+
+
+def _check_optimizer(model: Any, optimizer: Any) -> None:
+    if isinstance(optimizer, Optimizer) and isinstance(model, PipelineModule):
+        raise ValueError(
+            "an optimizer instance cannot hold the parameters of a PipelineModule, which are built by initialize; "
+            "give a factory instead, for example lambda groups: torch.optim.AdamW(groups, lr=1e-3)"
+        )
+    if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
+        raise ValueError(f"optimizer must be an optimizer or a factory over parameter groups, got {optimizer!r}")
+
+
+def _dropping(config: TrainConfig, module: PipelineModule | None) -> Dropping | None:
+    if not config.random_ltd_enabled:
+        return None
+    assert module is not None  # refused for plain models
+    return Dropping(config, module)
+
+
+def _dataset(config: TrainConfig, training_data: Any) -> Any:
+    """The training data: the object given, or what lies at the path; a corpus of tokens becomes windows."""
+    source = training_data if training_data is not None else config.data.train
+    if source is None:
+        return None
+    dataset = open_dataset(source)
+    if isinstance(dataset, IndexedDataset):
+        length = config.sequence_length
+        if length is None:
+            raise ValueError(f"{source}: a token corpus needs data.sequence_length, the tokens per sample")
+        return TokenWindows(dataset, length)
+    if not len(dataset):
+        raise ValueError(f"the training data holds no samples: {source!r}")
+    return dataset
+
+
+def _order(config: TrainConfig, dataset: Any) -> DataSampler:
+    sampling = {"strategy": "random", "seed": config.seed, **config.sampling}
+    return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size})
+
+
+def _schedule(config: TrainConfig, optimizer: Any) -> LRSchedule | None:
+    """The learning rate schedule; a user's optimizer keeps its own rate unless the configuration names a schedule."""
+    if optimizer is not None and "schedule" not in config.model_fields_set:
+        return None
+    # Samples that are not sequences count as one token each.
+    return lr_schedule(config, tokens_per_step=config.tokens_per_step or config.train.global_batch_size)
+
+
+def _optimizer(config: TrainConfig, given: Any, shared: SharedParameters, stage: nn.Module) -> Optimizer:
+    if isinstance(given, Optimizer):
+        built = given
+    elif given is None:
+        decay = config.optimizer.weight_decay
+        built = optimizer_factory(config.optimizer)(parameter_groups(shared.own, shared.shared, weight_decay=decay))
+    else:
+        built = given(parameter_groups(shared.own, shared.shared))
+        if not isinstance(built, Optimizer):
+            raise ValueError(f"the optimizer factory returned a {type(built).__name__}, not a torch.optim.Optimizer")
+    check_parameters(built, stage.parameters())
+    for group in built.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return built
+
+
+def _exchange(
+    config: TrainConfig,
+    optimizer: Optimizer,
+    shared: SharedParameters,
+    groups: PipeGroups,
+    meter: Meter,
+    watcher: Watcher,
+) -> GradientExchange:
+    """Who communicates over the replicas: the optimizer, the reducer, or with one replica nobody."""
+    if isinstance(optimizer, OwnsExchange):
+        if config.compression.algorithm != "none":
+            raise ValueError(
+                f"compression.algorithm={config.compression.algorithm} and {type(optimizer).__name__} would both "
+                "exchange gradients; set compression.algorithm: none"
+            )
+        if config.optimizer.gradient_clipping is not None:
+            raise ValueError(
+                f"optimizer.gradient_clipping needs the averaged gradient, and {type(optimizer).__name__} exchanges "
+                "momentum, so none exists; remove gradient_clipping"
+            )
+        optimizer.bind_exchange(group=groups.replicas, replicas=groups.num_replicas, meter=meter, watcher=watcher)
+        return LocalGradients(_all(shared), replicas=groups.num_replicas)
+    if groups.num_replicas == 1:
+        return LocalGradients(_all(shared), replicas=1)
+    section = config.compression
+    algorithm = None
+    if section.algorithm != "none":
+        algorithm = create_compression_algorithm(section.algorithm, section.options)
+    return Reducer(
+        [shared.own, shared.shared],
+        group=groups.replicas,
+        algorithm=algorithm,
+        error_feedback=section.error_feedback,
+        bucket_bytes=int(section.bucket_mb * 2**20),
+        warmup_steps=section.warmup_steps,
+        meter=meter,
+        watcher=watcher,
+    )
+
+
+def _all(shared: SharedParameters) -> list[nn.Parameter]:
+    return [parameter for _, parameter in (*shared.own, *shared.shared)]

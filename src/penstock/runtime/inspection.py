@@ -1,0 +1,197 @@
+"""What lies at a path, and whether it is intact."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_json, read_manifest
+from penstock.data_pipeline.data_sampling.analysis import Analysis
+from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
+from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
+from penstock.runtime.metrics_log import FILE_NAME as METRICS_NAME
+from penstock.runtime.metrics_log import read_metrics
+from penstock.runtime.units import quantity
+
+CHECKPOINTS_NAME = "checkpoints"
+_UNDERSTOOD = (
+    "what can be inspected: a dataset (PREFIX of .bin/.idx, or one of the two), a .safetensors file, an analysis, "
+    "a checkpoint, a run's directory, and any directory sealed with a manifest"
+)
+
+
+@dataclass
+class Finding:
+    """What :func:`inspect_path` found.
+
+    Attributes:
+        kind: ``dataset``, ``tensors``, ``analysis``, ``checkpoint``, ``run`` or ``sealed directory``.
+        facts: What is in it, for people, in order.
+        problems: What is wrong with it; empty when it is intact.
+    """
+
+    kind: str
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def inspect_path(path: str | os.PathLike[str]) -> Finding:
+    """Look at what lies at a path, and verify it: every checksum where there are checksums.
+
+    Raises:
+        ValueError: There is nothing, or nothing that is understood.
+    """
+    place = Path(path)
+    if place.suffix in (".bin", ".idx") or bin_path(place).exists() or idx_path(place).exists():
+        return _dataset(place)
+    if not place.exists():
+        raise ValueError(f"{place}: there is no such file, directory or dataset; {_UNDERSTOOD}")
+    if place.suffix == ".safetensors":
+        return _tensors(place)
+    if not place.is_dir():
+        raise ValueError(f"{place}: not understood; {_UNDERSTOOD}")
+    if (place / CHECKPOINTS_NAME).is_dir() or (place / METRICS_NAME).is_file():
+        return _run(place)
+    if list_checkpoints(place.parent) and place.name.startswith("step_"):
+        return _checkpoint(place)
+    if not (place / MANIFEST_NAME).is_file():
+        raise ValueError(f"{place}: a directory without a manifest, and not a run's; {_UNDERSTOOD}")
+    return _sealed(place)
+
+
+def _dataset(place: Path) -> Finding:
+    found = Finding("dataset")
+    try:
+        dataset = IndexedDataset(place)
+    except CorruptFileError as error:
+        found.problems.append(str(error))
+        return found
+    found.facts = {
+        "sequences": f"{len(dataset):,}",
+        "documents": f"{dataset.num_documents:,}",
+        "tokens": f"{dataset.num_tokens:,} ({dataset.dtype})",
+        "size": quantity(bin_path(place).stat().st_size, "B"),
+    }
+    if len(dataset):
+        lengths = dataset.lengths
+        found.facts["lengths"] = f"{lengths.min():,} to {lengths.max():,}, {lengths.mean():.1f} on average"
+    return found
+
+
+def _tensors(place: Path) -> Finding:
+    from safetensors import SafetensorError, safe_open
+
+    found = Finding("tensors")
+    try:
+        with safe_open(place, framework="pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        found.problems.append(f"{place}: not a whole safetensors file ({error})")
+        return found
+    found.facts = {"tensors": f"{len(names):,}", "size": quantity(place.stat().st_size, "B")}
+    return found
+
+
+def _sealed(place: Path) -> Finding:
+    """A directory with a manifest: an analysis, a checkpoint under any name, or something else that was sealed."""
+    try:
+        manifest = read_manifest(place, verify=False)
+    except CorruptFileError as error:
+        return Finding("sealed directory", problems=[str(error)])
+    if "num_samples" in manifest:
+        return _analysis(place)
+    if "step" in manifest:
+        return _checkpoint(place)
+    found = Finding("sealed directory", {"files": f"{len(manifest['files']):,}"})
+    try:
+        read_manifest(place)
+    except CorruptFileError as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _analysis(place: Path) -> Finding:
+    found = Finding("analysis")
+    try:
+        analysis = Analysis.load(place)
+        found.facts = {"samples": f"{analysis.num_samples:,}", "tokens": f"{analysis.num_tokens:,}"}
+        for metric in analysis.metrics:
+            values, order = analysis.values(metric), analysis.order(metric)
+            if len(order):
+                low, middle, high = (values[order[at]] for at in (0, len(order) // 2, len(order) - 1))
+                found.facts[metric] = f"{low:.6g} to {high:.6g}, median {middle:.6g}"
+    except (CorruptFileError, IndexError) as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _checkpoint(place: Path) -> Finding:
+    found = Finding("checkpoint")
+    try:
+        checkpoint = Checkpoint(place)
+        found.facts = _checkpoint_facts(checkpoint)
+        checkpoint.verify()
+    except CorruptFileError as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, str]:
+    size = sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file())
+    return {
+        "step": f"{checkpoint.step:,}",
+        "layers": f"{len(checkpoint.layers)}",
+        "error memories": f"of {len(checkpoint.ranks)} ranks",
+        "size": quantity(size, "B"),
+    }
+
+
+def _run(place: Path) -> Finding:
+    found = Finding("run")
+    passed_over: list[str] = []
+    entries = list_checkpoints(place / CHECKPOINTS_NAME)
+    checkpoint = latest_complete(place / CHECKPOINTS_NAME, passed_over.append)
+    found.facts["checkpoints"] = f"{len(entries)}"
+    if checkpoint is None:
+        found.problems += passed_over or [f"{place / CHECKPOINTS_NAME}: there is no checkpoint"]
+    else:
+        try:
+            facts = _checkpoint_facts(checkpoint)
+            found.facts["newest complete"] = ", ".join(f"{name} {value}" for name, value in facts.items())
+            checkpoint.verify()
+        except CorruptFileError as error:
+            found.problems.append(str(error))
+        if passed_over:  # a resume does the same, so the run is intact
+            found.facts["passed over"] = "; ".join(passed_over)
+    _inspect_metrics(place / METRICS_NAME, found)
+    for name in ("config.json", "summary.json"):
+        if (place / name).is_file():
+            try:
+                read_json(place / name)
+                found.facts[name] = "readable"
+            except CorruptFileError as error:
+                found.problems.append(str(error))
+    return found
+
+
+def _inspect_metrics(path: Path, found: Finding) -> None:
+    if not path.is_file():
+        return
+    try:
+        metrics = read_metrics(path)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return
+    steps = [record["step"] for record in metrics.records]
+    found.facts[METRICS_NAME] = f"{len(steps):,} steps" + (f", the last is {steps[-1]:,}" if steps else "")
+    if metrics.records and "loss" in metrics.records[-1]:
+        found.facts["last loss"] = json.dumps(metrics.records[-1]["loss"])
+    if metrics.torn is not None:  # the writer was killed; a resume cuts it off
+        found.facts["torn last line"] = f"{len(metrics.torn)} characters"
+    if len(set(steps)) != len(steps):
+        found.problems.append(f"{path}: {len(steps) - len(set(steps))} steps stand there more than once")

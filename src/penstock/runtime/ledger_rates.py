@@ -1,0 +1,93 @@
+"""Gives a ledger its formulas, and enters each training step in it."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from penstock._core.meter import Meter
+from penstock.models.flops import gpt_head_flops, gpt_layer_flops
+from penstock.models.gpt import GPTConfig
+from penstock.models.gpt_modules import GPTBlock, OutputHead, tied_logits
+from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec
+from penstock.pipe.module import PipelineModule
+from penstock.pipe.stage import Stage
+from penstock.runtime.batches import Cut
+from penstock.runtime.dropping import Dropping
+from penstock.runtime.ledger import LayerFlops, Ledger
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one step of this rank costs.
+
+    Attributes:
+        ledger: Where steps are entered.
+        layers: Canonical indices of the local layers.
+        dropping_layers: Those that drop tokens.
+        gradient_bytes: Bytes of the local gradients.
+        cut: This rank's part of a global batch.
+    """
+
+    ledger: Ledger
+    layers: range
+    dropping_layers: frozenset[int]
+    gradient_bytes: int
+    cut: Cut
+
+    @classmethod
+    def of(
+        cls,
+        module: PipelineModule | None,
+        stage: Stage,
+        dropping: Dropping | None,
+        cut: Cut,
+        meter: Meter,
+    ) -> "Rates":
+        """The rates of a stage; FLOPs are counted for the layers of the reference models."""
+        layers = range(stage.start, stage.stop)
+        formulas: dict[int, LayerFlops] = {}
+        if module is not None:
+            for index in layers:
+                formula = _flops(module.specs[index])
+                if formula is not None:
+                    formulas[index] = formula
+        stages = stage.num_stages
+        ledger = Ledger(
+            meter,
+            layer_flops=formulas,
+            recomputed=layers if stage.activation_checkpoint_interval else (),
+            plain_bubble=(stages - 1) / (cut.micro_batches + stages - 1),
+        )
+        gradient_bytes = sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
+        dropping_layers = frozenset() if dropping is None else dropping.layers
+        return cls(ledger, layers, dropping_layers, gradient_bytes, cut)
+
+    def enter(self, *, tokens: int, kept: int | None, seconds: float, bubble_seconds: float) -> None:
+        """Enter one step.
+
+        Args:
+            tokens: Tokens of the global batch.
+            kept: Tokens of each sequence that dropping layers computed; None without dropping.
+            seconds: Wall-clock of the step.
+            bubble_seconds: Of these, waiting for neighbours in the pipeline.
+        """
+        cut, ledger = self.cut, self.ledger
+        rows = cut.micro_batch_size * cut.micro_batches
+        length = tokens // cut.global_batch_size
+        if cut.is_first:
+            ledger.count_read(rows, rows * length)
+        for layer in self.layers:
+            ledger.count_layer(layer, rows, length, kept=kept if layer in self.dropping_layers else None)
+        ledger.count_step(seconds, bubble_seconds)
+        ledger.count_plain_exchange(self.gradient_bytes, cut.replicas)
+
+
+def _flops(spec: object) -> LayerFlops | None:
+    """The formula of a reference layer; None for any other."""
+    if not isinstance(spec, LayerSpec) or not spec.module_args or not isinstance(spec.module_args[0], GPTConfig):
+        return None
+    config = spec.module_args[0]
+    if spec.typename is GPTBlock:
+        return partial(gpt_layer_flops, config)
+    if spec.typename is OutputHead or (isinstance(spec, TiedLayerSpec) and spec.forward_fn is tied_logits):
+        return lambda tokens, _: gpt_head_flops(config, tokens)
+    return None

@@ -1,0 +1,68 @@
+"""This process's place in the run: rank, world size, device, rendezvous store."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.distributed as dist
+
+from penstock.runtime.launch import launched
+
+if TYPE_CHECKING:  # a compiled type: torch.distributed exports it at run time only
+    from torch._C._distributed_c10d import Store
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run.
+
+    Attributes:
+        rank: From 0 to ``world_size - 1``.
+        world_size: How many processes the run has.
+        device: Where this process computes.
+        store: The rendezvous store, None when the run is this process alone.
+        owns_group: Whether :meth:`join` made the default process group (and :meth:`leave` ends it).
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: "Store | None"
+    owns_group: bool
+
+    @classmethod
+    def planned_world_size(cls) -> int:
+        """How many processes this run has, known before any process group is made."""
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_world_size()
+        return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+    @classmethod
+    def join(cls, deadline_s: float) -> Self:
+        """Join the run: use the default process group, or make it from the launcher's environment variables.
+
+        Args:
+            deadline_s: How long the other ranks may take to arrive, and the time limit of every collective, in seconds.
+        """
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+        owns = False
+        if launched() and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=deadline_s))
+            owns = True
+        if not dist.is_initialized():
+            return cls(0, 1, device, None, owns_group=False)
+        store = dist.distributed_c10d._get_default_store()
+        return cls(dist.get_rank(), dist.get_world_size(), device, store, owns)
+
+    def leave(self) -> None:
+        """End the process group if :meth:`join` made it."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
