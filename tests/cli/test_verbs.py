@@ -1,0 +1,281 @@
+"""The verbs that work on files, on small ones made here; what they print is checked against what was put in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from penstock.cli.main import app
+from penstock.data_pipeline.data_sampling import DataAnalyzer, IndexedDataset, IndexedDatasetBuilder
+from penstock.pipe.schedule import Schedule, get_schedule
+from penstock.runtime import main_job
+from penstock.runtime.checkpoint import CheckpointWriter
+from penstock.runtime.heldout import HeldOut
+from penstock.runtime.metrics_log import MetricsLog
+
+LENGTHS = [3, 1, 7, 5]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    prefix = tmp_path / "data"
+    with IndexedDatasetBuilder(prefix, np.uint16) as builder:
+        for length in LENGTHS:
+            builder.add_item(np.arange(length))
+            builder.end_document()
+    return prefix
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    for step in (2, 4):
+        writer = CheckpointWriter(directory / "checkpoints", step)
+        writer.write_layer(0, {"weight:layer_000.w": torch.ones(3)})
+        writer.write_rank(0, {"worker": torch.ones(3)})
+        writer.seal({"step": step}, writer.written)
+    with MetricsLog(directory / "metrics.jsonl") as log:
+        for step in range(4):
+            log.write({"step": step, "loss": 4.0 - step})
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize("name", ["1f1b", "gpipe"])
+@pytest.mark.parametrize(("p", "m"), [(4, 8), (1, 3), (3, 2)])
+def test_schedule_prints_the_table_and_the_published_bubble(name: str, p: int, m: int) -> None:
+    result = run("schedule", name, "--stages", p, "--micro-batches", m)
+    assert result.exit_code == 0
+    assert f"bubble fraction   {(p - 1) / (m + p - 1):.6f}" in result.output
+    peaks = [min(p - rank, m) if name == "1f1b" else m for rank in range(p)]
+    assert f"peak activations  {', '.join(map(str, peaks))} " in result.output
+    # F and B take a unit each, and the last micro-batch leaves the last stage p - 1 units after the first enters it.
+    assert f"makespan          {2 * (m + p - 1)}\n" in result.output
+    assert result.output.startswith("rank 0 | F0")
+
+
+def test_schedule_as_csv_travels_both_ways() -> None:
+    result = run("schedule", "1f1b", "-p", 3, "-m", 5, "--csv")
+    assert Schedule.from_text(result.output).ranks == get_schedule("1f1b", 3, 5).ranks
+
+
+def test_schedule_refuses_impossible_sizes() -> None:
+    result = run("schedule", "1f1b", "-p", 0, "-m", 5)
+    assert result.exit_code == 2
+    assert result.output.startswith("error: ")
+
+
+def test_inspect_a_dataset(dataset: Path) -> None:
+    for name in (dataset, f"{dataset}.bin", f"{dataset}.idx"):
+        result = run("inspect", name)
+        assert result.exit_code == 0, result.output
+        assert "sequences  4\n" in result.output
+        assert f"tokens     {sum(LENGTHS)} (uint16)" in result.output
+        assert "lengths    1 to 7, 4.0 on average" in result.output
+        assert result.output.endswith("intact\n")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_inspect_a_truncated_dataset(dataset: Path, suffix: str) -> None:
+    file = Path(f"{dataset}{suffix}")
+    file.write_bytes(file.read_bytes()[:-3])
+    result = run("inspect", dataset)
+    assert result.exit_code == 1
+    assert f"problem: {dataset}" in result.output
+    assert result.output.endswith("not intact\n")
+
+
+def test_inspect_an_analysis(dataset: Path, tmp_path: Path) -> None:
+    result = run("analyze", dataset, tmp_path / "difficulty", "--metric", "seqlen")
+    assert result.exit_code == 0, result.output
+    assert f"seqlen of 4 samples, {sum(LENGTHS)} tokens" in result.output
+    assert DataAnalyzer.load(tmp_path / "difficulty").values("seqlen").tolist() == LENGTHS
+    good = run("inspect", tmp_path / "difficulty")
+    assert good.exit_code == 0
+    assert "seqlen   1 to 7, median 5" in good.output
+    values = tmp_path / "difficulty" / "seqlen.values.npy"
+    data = bytearray(values.read_bytes())
+    data[-1] ^= 1
+    values.write_bytes(data)
+    bad = run("inspect", tmp_path / "difficulty")
+    assert bad.exit_code == 1
+    assert "seqlen.values.npy: its SHA-256 differs" in bad.output
+
+
+def test_analyze_windows_with_both_metrics(dataset: Path, tmp_path: Path) -> None:
+    result = run("analyze", dataset, tmp_path / "difficulty", "--length", 4)
+    assert result.exit_code == 0, result.output
+    analysis = DataAnalyzer.load(tmp_path / "difficulty")
+    assert analysis.metrics == ("seqlen", "vocabularyrarity")
+    assert analysis.values("seqlen").tolist() == [5, 5, 5]  # (16 - 1) // 4 windows of 4 + 1 tokens
+    assert run("analyze", dataset, tmp_path / "d", "--metric", "seqlength").exit_code == 2
+
+
+def test_inspect_a_checkpoint(run_directory: Path) -> None:
+    checkpoint = run_directory / "checkpoints" / "step_00000004"
+    good = run("inspect", checkpoint)
+    assert good.exit_code == 0
+    assert good.output.splitlines()[:3] == [
+        f"{checkpoint}: checkpoint",
+        "  step            4",
+        "  layers          1",
+    ]
+    file = checkpoint / "layer_000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    bad = run("inspect", checkpoint)
+    assert bad.exit_code == 1
+    assert "layer_000.safetensors: its SHA-256 differs" in bad.output
+    (checkpoint / "manifest.json").unlink()
+    assert "not a complete checkpoint" in run("inspect", checkpoint).output
+
+
+def test_inspect_a_run(run_directory: Path) -> None:
+    good = run("inspect", run_directory)
+    assert good.exit_code == 0, good.output
+    assert "newest complete  step 4, layers 1, error memories of 1 ranks" in good.output
+    assert "metrics.jsonl    4 steps, the last is 3" in good.output
+    assert "last loss        1.0" in good.output
+
+
+def test_a_run_killed_in_the_middle_of_writing_is_intact(run_directory: Path) -> None:
+    """Its newest complete checkpoint and the lines before the torn one are what a resume goes on from."""
+    (run_directory / "checkpoints" / "step_00000004" / "manifest.json").unlink()
+    with (run_directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    result = run("inspect", run_directory)
+    assert result.exit_code == 0, result.output
+    assert "newest complete  step 2" in result.output
+    assert "passed over" in result.output
+    assert "torn last line   15 characters" in result.output
+
+
+@pytest.mark.parametrize("damage", ["checkpoint", "metrics", "twice", "config", "none left"])
+def test_a_damaged_run_is_not_intact(run_directory: Path, damage: str) -> None:
+    metrics = run_directory / "metrics.jsonl"
+    checkpoints = run_directory / "checkpoints"
+    if damage == "checkpoint":
+        state = checkpoints / "step_00000004" / "state.json"
+        state.write_text(state.read_text().replace("4", "5"))
+    elif damage == "metrics":
+        metrics.write_text("{\n" + metrics.read_text())
+    elif damage == "twice":
+        metrics.write_text(metrics.read_text() * 2)
+    elif damage == "config":
+        (run_directory / "config.json").write_text("{")
+    else:
+        for step in (2, 4):
+            (checkpoints / f"step_{step:08d}" / "manifest.json").unlink()
+    result = run("inspect", run_directory)
+    assert result.exit_code == 1
+    named = {
+        "checkpoint": "state.json",
+        "metrics": "line 1",
+        "twice": "4 steps stand",
+        "config": "config.json",
+        "none left": "step_00000002",
+    }
+    assert named[damage] in result.output
+
+
+def test_inspect_tensors_and_strangers(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "x.safetensors")
+    assert "tensors  2\n" in run("inspect", tmp_path / "x.safetensors").output
+    (tmp_path / "y.safetensors").write_bytes(b"no")
+    assert run("inspect", tmp_path / "y.safetensors").exit_code == 1
+    (tmp_path / "z.txt").write_text("hello")
+    for stranger in (tmp_path / "z.txt", tmp_path):
+        result = run("inspect", stranger)
+        assert result.exit_code == 2
+        assert "what can be inspected" in result.output
+
+
+def test_tokenize_trains_a_tokenizer_and_round_trips(tmp_path: Path) -> None:
+    texts = [f"the {word} of the pipe number {i}" for i, word in enumerate(["water", "gate", "turbine"] * 10)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    result = run("tokenize", tmp_path / "corpus.jsonl", tmp_path / "out", "--field", "body", "--vocab-size", 300)
+    assert result.exit_code == 0, result.output
+    assert "30 documents" in result.output
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out.tokenizer.json"))
+    with_end = [tokenizer.decode(row.tolist()) for row in IndexedDataset(tmp_path / "out")]
+    assert with_end == texts
+    again = run(
+        "tokenize",
+        tmp_path / "corpus.jsonl",
+        tmp_path / "two",
+        "--field",
+        "body",
+        "--tokenizer",
+        tmp_path / "out.tokenizer.json",
+    )
+    assert again.exit_code == 0
+    assert (tmp_path / "two.bin").read_bytes() == (tmp_path / "out.bin").read_bytes()
+
+
+def test_tokenize_names_a_missing_field(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"body": "x"}\n')
+    result = run("tokenize", tmp_path / "corpus.jsonl", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "corpus.jsonl" in result.output
+
+
+def test_compress_and_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.linspace(-1, 1, 4096), "ids": torch.arange(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shown = run("compress", tmp_path / "model.safetensors")
+    assert shown.exit_code == 0, shown.output
+    assert all(name in shown.output for name in ("none", "fp16", "bf16", "onebit"))
+    made = run("compress", tmp_path / "model.safetensors", "-a", "fp16", "-o", tmp_path / "small.safetensors")
+    assert made.exit_code == 0, made.output
+    back = run("compress", tmp_path / "small.safetensors", "--decompress", "-o", tmp_path / "back.safetensors")
+    assert back.exit_code == 0, back.output
+    restored = load_file(tmp_path / "back.safetensors")
+    assert torch.equal(restored["a"], tensors["a"].half().float())
+    assert torch.equal(restored["ids"], tensors["ids"])
+    assert run("compress", tmp_path / "model.safetensors", "-a", "fp17").exit_code == 2
+
+
+def test_train_hands_its_arguments_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def fake(config: object, overrides: object, output: object, *, resume: bool, overwrite: bool) -> int:
+        seen.extend([config, overrides, output, resume, overwrite])
+        return 7
+
+    monkeypatch.setattr(main_job, "train", fake)
+    result = run("train", "run.yaml", "--set", "train.steps=3", "--set", "seed=1", "-o", tmp_path, "--resume")
+    assert result.exit_code == 7
+    assert seen == [Path("run.yaml"), ["train.steps=3", "seed=1"], tmp_path, True, False]
+
+
+def test_train_names_what_is_wrong_with_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("train: {global_batch_size: 4, micro_batch_size: 3, steps: 1}\n")
+    result = run("train", tmp_path / "run.yaml")
+    assert result.exit_code == 2
+    assert "global_batch_size=4 is not divisible by micro_batch_size=3" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_eval_prints_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(run: Path, overrides: list[str]) -> HeldOut:
+        assert (run, overrides) == (Path("runs/demo"), ["data.heldout=x"])
+        return HeldOut(nats_per_token=3.25, unigram_nats_per_token=6.5, tokens=12345, bits_per_byte=None)
+
+    monkeypatch.setattr(main_job, "evaluate", fake)
+    result = run("eval", "runs/demo", "--set", "data.heldout=x")
+    assert result.output.splitlines() == [
+        "nats per token: 3.2500",
+        "unigram nats per token: 6.5000",
+        "tokens: 12,345",
+    ]
