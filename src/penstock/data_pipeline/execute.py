@@ -2,8 +2,9 @@
 
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from penstock.data_pipeline.steps import (
 
 Result = dict[str, Any]
 
+_LOGGER: Final = logging.getLogger(LOGGER_NAME)
+
 
 def execute_data_pipeline(
     model: nn.Module | BatchEngine,
@@ -40,8 +43,8 @@ def execute_data_pipeline(
     left.
 
     Anything with ``train_batch``, ``eval_batch`` and ``predict_batch`` (:class:`BatchEngine`) is driven through those:
-    each call takes from the loader what one global batch needs, and batches at the end of a pass that fill none are
-    left out and logged. Its optimizer, loss, device, clipping and accumulation are its own and may not be set here.
+    each call takes from the loader what one step needs, and batches at the end of a pass that fill no step are left
+    out and logged. Its optimizer, loss, device, clipping and accumulation are its own and may not be set here.
 
     Args:
         model: A module or an engine.
@@ -71,13 +74,12 @@ def execute_data_pipeline(
             f"cannot drive a {type(model).__name__}: give a torch.nn.Module, or an engine with train_batch, eval_batch "
             "and predict_batch"
         )
-    logger = logging.getLogger(LOGGER_NAME)
     results: list[Result] = []
     for result in itertools.islice(steps, config.max_steps):
         results.append(result)
         if config.log_every and (result["step"] + 1) % config.log_every == 0:
             loss = f" loss {result['loss']:.4f}" if "loss" in result else ""
-            logger.info("%s step %d%s", config.mode, result["step"], loss)
+            _LOGGER.info("%s step %d%s", config.mode, result["step"], loss)
         for callback in config.callbacks:
             callback(result)
     return results
@@ -131,6 +133,12 @@ def _train_step(
 def _epochs(loader: Iterable[Any], config: TrainingConfig) -> Iterator[Iterator[Any]]:
     """A fresh iterator over the loader for each pass; endless when only ``max_steps`` bounds the run."""
     bounded = config.epochs is not None or config.max_steps is None
+    goes_on = config.mode == "train" and _counts_training(loader)
+    if goes_on and (config.epochs or 1) > 1:
+        raise ValueError(
+            f"epochs={config.epochs}, but the loader's sampler goes on where training stands and knows its own length; "
+            "set epochs or num_samples in sampling instead"
+        )
     for epoch in range(config.epochs or 1) if bounded else itertools.count():
         for holder in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
             set_epoch = getattr(holder, "set_epoch", None)
@@ -138,10 +146,13 @@ def _epochs(loader: Iterable[Any], config: TrainingConfig) -> Iterator[Iterator[
                 set_epoch(epoch)
         batches = iter(loader)
         first = list(itertools.islice(batches, 1))
+        if not first and goes_on and epoch > 0:
+            _LOGGER.warning("the sampler's run is over before max_steps=%s; training ends with it", config.max_steps)
+            return
         if not first:
             raise ValueError(
                 f"the data_loader gave no batch in epoch {epoch}: the dataset is empty, smaller than one batch with "
-                "drop_last, or an iterator that can be read only once"
+                "drop_last, trained on to the end, or an iterator that can be read only once"
             )
         yield itertools.chain(first, batches)
 
@@ -151,30 +162,36 @@ def _groups(batches: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield group
 
 
-def _mark_trained(loader: Iterable[Any] | None, config: TrainingConfig, batches: int) -> None:
-    """Tell a sampler that keeps count which batches were really trained on, whatever was prefetched."""
-    mark = getattr(getattr(loader, "batch_sampler", None), "mark_trained", None)
-    if mark is not None and config.mode == "train":
-        mark(batches)
+def _counts_training(loader: Iterable[Any]) -> bool:
+    """Whether the loader's sampler wants to hear what was really trained on, whatever was prefetched."""
+    return hasattr(getattr(loader, "batch_sampler", None), "mark_trained")
+
+
+def _mark_trained(loader: Any, config: TrainingConfig, batches: int) -> None:
+    if config.mode == "train" and batches and _counts_training(loader):
+        loader.batch_sampler.mark_trained(batches)
 
 
 class _Feed(Iterator[Any]):
-    """A loader's batches for an engine, counting what it takes and telling whether there is more."""
+    """A loader's batches for an engine, counting what it takes and telling what is left."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self._batches = batches
-        self._held: list[Any] = []
+        self._held: deque[Any] = deque()
         self.taken = 0
+        self.ran_dry = False
 
     def __next__(self) -> Any:
-        batch = self._held.pop() if self._held else next(self._batches)
+        if not self.ahead(1):
+            self.ran_dry = True
+            raise StopIteration
         self.taken += 1
-        return batch
+        return self._held.popleft()
 
-    def has_more(self) -> bool:
-        if not self._held:
-            self._held.extend(itertools.islice(self._batches, 1))
-        return bool(self._held)
+    def ahead(self, count: int) -> int:
+        """How many batches are left, up to ``count``."""
+        self._held.extend(itertools.islice(self._batches, max(0, count - len(self._held))))
+        return min(count, len(self._held))
 
 
 def _engine_steps(engine: BatchEngine, loader: Iterable[Any] | None, config: TrainingConfig) -> Iterator[Result]:
@@ -188,21 +205,28 @@ def _engine_steps(engine: BatchEngine, loader: Iterable[Any] | None, config: Tra
 
 
 def _fed_steps(engine: BatchEngine, loader: Iterable[Any], config: TrainingConfig) -> Iterator[Result]:
-    step = 0
+    step, needed = 0, 1
     for epoch, batches in enumerate(_epochs(loader, config)):
         feed = _Feed(batches)
-        while feed.has_more():
+        # Every step takes as many as the one before, so a step that could not be filled is never begun: in the midst
+        # of one, other processes would be waiting for this one.
+        while (left := feed.ahead(needed)) == needed:
             before = feed.taken
             try:
                 outcome = _call_engine(engine, feed, config.mode)
-            except StopIteration:
-                if feed.has_more():
-                    raise ValueError("the engine stopped although the data_loader has more batches") from None
-                _leave_out(feed.taken - before, epoch, step)
-                break
+            except (StopIteration, RuntimeError) as error:  # inside a generator the one becomes the other
+                if feed.ran_dry:
+                    raise ValueError(
+                        f"the data_loader ended after {feed.taken - before} batches of a step of the engine; give more "
+                        "data or a smaller global batch"
+                    ) from error
+                if isinstance(error, StopIteration):
+                    raise ValueError("the engine stopped although the data_loader has more batches") from error
+                raise
             taken = feed.taken - before
             if not taken and config.max_steps is None:
                 raise ValueError("the engine takes nothing from the data_loader, so give max_steps to say when to end")
+            needed = max(1, taken)
             result: Result = {"step": step, "epoch": epoch, "batches": taken}
             if config.mode == "predict":
                 result["outputs"] = to_device(outcome, torch.device("cpu"))
@@ -212,21 +236,14 @@ def _fed_steps(engine: BatchEngine, loader: Iterable[Any], config: TrainingConfi
             _mark_trained(loader, config, taken)
             yield result
             step += 1
+        if left:
+            _LOGGER.info("epoch %d: the last %d batches fill no step of %d; left out", epoch, left, needed)
 
 
 def _call_engine(engine: BatchEngine, feed: _Feed, mode: str) -> Any:
     if mode == "train":
         return engine.train_batch(feed)
     return engine.eval_batch(feed) if mode == "eval" else engine.predict_batch(feed)
-
-
-def _leave_out(count: int, epoch: int, step: int) -> None:
-    if step == 0:
-        raise ValueError(
-            f"the data_loader's {count} batches of epoch {epoch} do not fill one global batch of the engine; give more "
-            "data or a smaller global batch"
-        )
-    logging.getLogger(LOGGER_NAME).info("epoch %d: the last %d batches fill no global batch; left out", epoch, count)
 
 
 def _check_engine_config(config: TrainingConfig, *, has_loader: bool) -> None:

@@ -3,10 +3,10 @@
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.components import build_function
@@ -16,6 +16,9 @@ from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.open import open_dataset
 from penstock.data_pipeline.datasets.windows import TokenWindows
 from penstock.data_pipeline.settings import LoaderConfig
+
+if TYPE_CHECKING:
+    from penstock.data_pipeline.data_sampling import DataSampler
 
 _PARAMETERS: Final = tuple(name for name in inspect.signature(DataLoader.__init__).parameters if name != "self")
 _DECIDE_THE_ORDER: Final = ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last")
@@ -61,6 +64,25 @@ class StreamedDataset(IterableDataset[Any]):
         return (_through(sample, self.transforms) for sample in mine)
 
 
+class PreprocessedCollate:
+    """A batch's samples through a sampler's transforms, then collated; a transform such as ``pack`` sees the batch.
+
+    Args:
+        preprocess: From a list of samples to a list of samples.
+        collate: Makes the batch; None for torch's own.
+    """
+
+    def __init__(
+        self, preprocess: Callable[[list[Any]], list[Any]], collate: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.preprocess = preprocess
+        self.collate = default_collate if collate is None else collate
+
+    def __call__(self, samples: Iterable[Any]) -> Any:
+        """The batch that the transformed samples make."""
+        return self.collate(self.preprocess(list(samples)))
+
+
 def _through(sample: Any, transforms: Iterable[Callable[[Any], Any]]) -> Any:
     for transform in transforms:
         sample = transform(sample)
@@ -94,7 +116,7 @@ def process_dataset(
     return MappedDataset(opened, functions) if functions else opened
 
 
-def setup_sampler(dataset: Any, sampling_config: Mapping[str, Any]) -> Any:
+def setup_sampler(dataset: Any, sampling_config: Mapping[str, Any]) -> "DataSampler":
     """A :class:`DataSampler` over a dataset, for use as a DataLoader's batch sampler.
 
     Args:
@@ -120,7 +142,8 @@ def create_data_loader(dataset: Any, config: LoaderConfig | Mapping[str, Any] | 
     Args:
         dataset: A dataset object, or a path to a ``.bin/.idx`` pair, Parquet, Arrow, JSON lines or ``.npy``.
         config: A :class:`LoaderConfig` or the same as a dictionary. ``data_loader_params`` go to torch's DataLoader;
-            with ``sampling``, a :class:`DataSampler` is its batch sampler.
+            with ``sampling``, a :class:`DataSampler` is its batch sampler, whose transforms see each batch's samples
+            before they are collated.
 
     Returns:
         The loader. Over tokens (an indexed dataset, windows, a column of token lists, without a transform) its batches
@@ -135,14 +158,18 @@ def create_data_loader(dataset: Any, config: LoaderConfig | Mapping[str, Any] | 
     processed = process_dataset(
         dataset, settings.transform, length=settings.length, stride=settings.stride, column=settings.column
     )
+    sampler = None
     if settings.sampling is not None:
-        parameters["batch_sampler"] = setup_sampler(processed, settings.sampling)
+        sampler = parameters["batch_sampler"] = setup_sampler(processed, settings.sampling)
+        processed = sampler.data  # it may have cut the stream into windows
     elif isinstance(processed, IterableDataset):
         for name in ("shuffle", "sampler", "batch_sampler"):
             if parameters.get(name):
                 raise ValueError(f"data_loader_params.{name} chooses samples by index, but this dataset has none")
     if "collate_fn" not in parameters:
         parameters["collate_fn"] = _collate(processed, settings.collate)
+    if sampler is not None and sampler.config.transforms:
+        parameters["collate_fn"] = PreprocessedCollate(sampler.preprocess_data, parameters["collate_fn"])
     if settings.seed is not None and "generator" not in parameters:
         parameters["generator"] = torch.Generator().manual_seed(settings.seed)
     try:
