@@ -1,0 +1,155 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import penstock.compression
+from penstock.compression import create_compression_algorithm
+from penstock.compression.archive import read_compressed, write_compressed
+from penstock.compression.tool import app_function, main, measure, parse_option
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "weight": torch.randn(300, 70, generator=generator),
+        "odd/name: é": torch.randn(13, generator=generator).bfloat16(),
+        "ids": torch.arange(10),
+        "flag": torch.tensor([True, False]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "double": torch.randn(100, generator=generator, dtype=torch.float64),
+    }
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("name", ["none", "fp16", "bf16", "onebit"])
+def test_to_a_file_and_back(model_file: Path, tmp_path: Path, name: str) -> None:
+    packed, back = tmp_path / "packed.safetensors", tmp_path / "back.safetensors"
+    assert main([str(model_file), "--algorithm", name, "--output", str(packed)]) == 0
+    assert main([str(packed), "--decompress", "--output", str(back)]) == 0
+    before, after = load_file(model_file), load_file(back)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype
+        assert after[key].shape == tensor.shape
+        if name == "none" or not tensor.is_floating_point():
+            assert torch.equal(after[key], tensor)
+        else:
+            tolerance = {"fp16": 1e-3, "bf16": 1e-2, "onebit": 0.65}[name]
+            assert (after[key].double() - tensor.double()).norm() <= tolerance * tensor.double().norm()
+    assert read_compressed(packed)[1] == {"format": "pt"}
+    if name == "onebit":
+        assert packed.stat().st_size < model_file.stat().st_size / 10
+
+
+def test_options_travel_with_the_file(model_file: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.safetensors"
+    options = ["--option", "block_size=8", "--option", "scale=rms"]
+    assert main([str(model_file), "--algorithm", "onebit", *options, "--output", str(packed)]) == 0
+    after, _ = read_compressed(packed)
+    block = load_file(model_file)["weight"].view(-1)[:8]
+    torch.testing.assert_close(after["weight"].view(-1)[:8], block.sign() * block.square().mean().sqrt())
+
+
+def test_the_table_has_a_line_for_each_algorithm(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app_function(model_file, console=Console(width=120)) == 0
+    shown = capsys.readouterr().out
+    assert "model.safetensors: 5 floating tensors of 7" in shown
+    lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
+    assert {"none", "fp16", "bf16", "onebit"} <= lines.keys()
+    assert "ms" in lines["onebit"]
+
+
+def test_measurements_follow_the_formulas() -> None:
+    tensors = [torch.tensor([3.0, 1.0, -2.0, -2.0]), torch.tensor([5.0]), torch.arange(3)]
+    algorithm = create_compression_algorithm("onebit")
+    apart = measure(tensors, algorithm, fused=False)
+    assert apart.bytes_in == 20
+    assert apart.bytes_out == 2 * 16
+    assert apart.relative_error == pytest.approx((2 / 43) ** 0.5)
+    assert apart.ratio == pytest.approx(20 / 32)
+    together = measure(tensors, algorithm)
+    assert together.bytes_out == 16
+    mean = 13 / 5
+    errors = [3 - mean, 1 - mean, -2 + mean, -2 + mean, 5 - mean]
+    assert together.relative_error == pytest.approx((sum(e * e for e in errors) / 43) ** 0.5)
+    assert measure([], algorithm).ratio == 1.0
+    assert measure([torch.zeros(8)], algorithm).relative_error == 0.0
+
+
+def test_options_are_numbers_where_they_can_be() -> None:
+    assert parse_option("block_size=64") == ("block_size", 64)
+    assert parse_option("x=0.5") == ("x", 0.5)
+    assert parse_option("scale=l1") == ("scale", "l1")
+
+
+def rewrite_header(source: Path, target: Path, **changes: object) -> None:
+    from safetensors import safe_open
+
+    with safe_open(source, framework="pt") as file:
+        header = json.loads(file.metadata()["penstock.compression"])
+    save_file(load_file(source), target, metadata={"penstock.compression": json.dumps({**header, **changes})})
+
+
+def test_broken_and_foreign_files_are_named(model_file: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.safetensors"
+    write_compressed(packed, load_file(model_file), create_compression_algorithm("onebit"))
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"torn.safetensors: not a whole safetensors file"):
+        read_compressed(torn)
+    with pytest.raises(ValueError, match=r"absent.safetensors: no such file"):
+        read_compressed(tmp_path / "absent.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors: .* not one written by"):
+        read_compressed(model_file)
+    other = tmp_path / "other.safetensors"
+    entry = {"name": "weight", "shape": [1 << 40], "dtype": "float32", "compressed": True}
+    for changes, message in [
+        ({"version": 2}, "format version 2"),
+        ({"algorithm": "zip"}, "unknown compression algorithm 'zip'"),
+        ({"tensors": [entry]}, "scales of tensor 'weight' do not fit shape"),  # and no terabytes are allocated
+        ({"tensors": [{**entry, "dtype": "object"}]}, "unknown dtype 'object'"),
+        ({"tensors": [{**entry, "compressed": False}]}, "'weight' is missing or not of shape"),
+        ({"tensors": [{"name": 3}]}, "description of the compressed tensors is damaged"),
+        ({"tensors": [{**entry, "shape": [-1]}]}, "description of the compressed tensors is damaged"),
+        ({"options": {"block_size": 7}}, "multiple of 8"),
+    ]:
+        rewrite_header(packed, other, **changes)
+        with pytest.raises(ValueError, match=message):
+            read_compressed(other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algorithm", "onebt"], "did you mean 'onebit'"),
+        (["--output", "x"], "--output needs exactly one --algorithm, got 0"),
+        (["--option", "block_size=8"], "--option needs exactly one --algorithm, got 0"),
+        (["--algorithm", "onebit", "--option", "block_size"], "an option is NAME=VALUE"),
+        (["--decompress"], "give --output FILE"),
+        (["--decompress", "--output", "x", "--algorithm", "none"], "leave out --algorithm"),
+    ],
+)
+def test_wrong_arguments_end_with_a_remedy(
+    model_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([str(model_file), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
+def test_the_module_runs_as_a_program(model_file: Path) -> None:
+    assert penstock.compression.main is main
+    command = [sys.executable, "-W", "error", "-m", "penstock.compression", str(model_file), "--algorithm", "onebit"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "onebit" in done.stdout
+    assert done.stderr == ""

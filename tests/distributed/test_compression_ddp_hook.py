@@ -1,0 +1,115 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from penstock._core.meter import REPLICAS, Meter
+from penstock.compression import DDPCompression, create_compression_algorithm, ddp_compression_hook
+from support.pool import WorkerPool
+
+
+def model_of() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(50, 50), nn.Tanh()))).double()
+
+
+def inputs(rank: int, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(8, 50, dtype=torch.float64, generator=generator)
+
+
+def wrap(name: str | None, **options: Any) -> tuple[DistributedDataParallel, DDPCompression]:
+    # Several buckets in flight: each weight is 20 kB.
+    model = DistributedDataParallel(model_of(), bucket_cap_mb=0.03)
+    state = DDPCompression(None if name is None else create_compression_algorithm(name), **options)
+    model.register_comm_hook(state, ddp_compression_hook)
+    return model, state
+
+
+def gradients(model: nn.Module, rank: int, step: int) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(inputs(rank, step)).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def mean_gradients(ranks: int, step: int) -> list[torch.Tensor]:
+    return [torch.stack(parts).mean(0) for parts in zip(*(gradients(model_of(), r, step) for r in range(ranks)))]  # noqa: B905
+
+
+def several_steps(rank: int, world_size: int, name: str | None, steps: int, warmup: int) -> list[Any]:
+    meter = Meter()
+    model, state = wrap(name, warmup_steps=warmup, meter=meter)
+    results = []
+    for step in range(steps):
+        before = meter.sent[REPLICAS]
+        results.append((gradients(model, rank, step), meter.sent[REPLICAS] - before))
+    return [results, len(state.state_dict())]
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [(None, 1e-13), ("none", 1e-13), ("fp16", 2e-3), ("bf16", 2e-2)])
+def test_the_hook_gives_the_mean_gradient(pool: WorkerPool, name: str | None, tolerance: float) -> None:
+    for results, _ in pool.run(several_steps, 2, name, 3, 0):
+        for step, (got, _) in enumerate(results):
+            for a, b in zip(got, mean_gradients(2, step), strict=True):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_many_compressed_buckets_in_flight_agree_on_every_rank(pool: WorkerPool, ranks: int) -> None:
+    steps, warmup = 60, 2
+    answers = pool.run(several_steps, ranks, "onebit", steps, warmup)
+    ours, entries = answers[0]
+    for theirs, _ in answers[1:]:
+        for (a, _), (b, _) in zip(ours, theirs, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for step in range(warmup):
+        for a, b in zip(ours[step][0], mean_gradients(ranks, step), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    if ranks > 1:
+        assert ours[0][1] > 28 * 2 * ours[-1][1]  # float64 going in: twice the saving
+    assert entries > 1 + 2 * 2  # several buckets, each with two memories
+    # Errors are fed back: the sum over steps is far closer than any step.
+    expected = [mean_gradients(ranks, step) for step in range(warmup, steps)]
+    got = [step[0] for step in ours[warmup:]]
+    for index in (0, 8):
+        total = sum(e[index] for e in expected)
+        assert (sum(g[index] for g in got) - total).norm() < 0.5 * sum(
+            ((g[index] - e[index]).norm() for g, e in zip(got, expected, strict=True)), torch.tensor(1e-12)
+        )
+
+
+def accumulate(rank: int, world_size: int) -> list[torch.Tensor]:
+    model, _ = wrap("none")
+    model.zero_grad()
+    with model.no_sync():
+        model(inputs(rank, 0)).square().mean().backward()
+    model(inputs(rank, 1)).square().mean().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_no_sync_accumulates_before_the_exchange(pool: WorkerPool) -> None:
+    for got in pool.run(accumulate, 2):
+        for a, b, c in zip(got, mean_gradients(2, 0), mean_gradients(2, 1), strict=True):
+            torch.testing.assert_close(a, b + c, rtol=1e-12, atol=1e-14)
+
+
+def resume(rank: int, world_size: int) -> list[bool]:
+    model, state = wrap("onebit")
+    for step in range(4):
+        gradients(model, rank, step)
+    saved = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.state_dict().items()}
+    expected = gradients(model, rank, 4)
+    state.load_state_dict(saved)
+    again = gradients(model, rank, 4)
+    return [state.step == 5, all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))]
+
+
+def test_memories_are_restored_bitwise(pool: WorkerPool) -> None:
+    assert pool.run(resume, 2) == [[True, True]] * 2
+
+
+def test_warm_up_cannot_be_negative() -> None:
+    with pytest.raises(ValueError, match="got -2"):
+        DDPCompression(None, warmup_steps=-2)
