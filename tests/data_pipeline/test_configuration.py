@@ -1,6 +1,7 @@
 """Configuration: what people write wrong, and the sentence they get back."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,6 +98,12 @@ def test_overrides_set_replace_and_create() -> None:
         "eq": "a=b",
     }
     assert data == {"pipe": {"stages": 1}, "many": [{"stages": 1}, {"stages": 2}], "gone": None}
+
+
+def test_overrides_change_no_table_of_the_callers() -> None:
+    inner = OrderedDict(a=1)
+    assert apply_overrides({"x": inner}, ["x.a=2"]) == {"x": {"a": 2}}
+    assert inner == {"a": 1}
 
 
 def test_overrides_keep_objects_as_they_are() -> None:

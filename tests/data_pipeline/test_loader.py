@@ -16,6 +16,9 @@ from penstock.data_pipeline.data_sampling import DataSampler
 from penstock.data_pipeline.datasets import IndexedDatasetBuilder
 from support.loop_models import make_points
 
+# From Python 3.12 on, a fork beside another thread (the timeout's) warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:

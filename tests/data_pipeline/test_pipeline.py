@@ -85,6 +85,8 @@ def test_mistakes_end_in_one_line(config_file: Path, capsys: pytest.CaptureFixtu
     assert error.count("\n") == 1
     assert main([str(config_file), "--set", "training.optimizer.lrr=1", "--set", "data.length=100000"]) == 2
     assert main([str(config_file.with_name("none.yaml"))]) == 2
+    with pytest.raises(ValueError, match="no such configuration"):
+        main([str(config_file.with_name("none.yaml")), "--debug"])
     capsys.readouterr()
     assert main([str(config_file), "--set", "training.optimizer={name: sgd, lr: 1e38}"]) == 1
     assert "the loss is" in capsys.readouterr().err

@@ -83,3 +83,10 @@ def test_nests_are_moved_whole() -> None:
     assert moved["a"][0].is_meta
     assert moved["a"][1][0].is_meta
     assert (moved["a"][1][1], moved["b"], type(moved["a"][1])) == ("text", None, tuple)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_outputs_from_a_gpu_are_there_when_they_are_read() -> None:
+    value = torch.arange(1 << 22, device="cuda").double()
+    assert torch.equal(to_device((value * 2).sqrt(), torch.device("cpu")), (value.cpu() * 2).sqrt())

@@ -29,16 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help="override a setting; may be repeated",
     )
+    parser.add_argument("--debug", action="store_true", help="show where an error arose")
     options = parser.parse_args(arguments)
     try:
         config = load_configuration(options.config, options.overrides)
         results = run_pipeline(config)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, ValueError) as error:
+        if options.debug:
+            raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, NonFiniteLossError) else 2
     losses = [result["loss"] for result in results if "loss" in result]
     told = f", last loss {losses[-1]:.4f}, mean loss {sum(losses) / len(losses):.4f}" if losses else ""
     print(f"{config.training.mode}: {len(results)} steps{told}")

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
 
@@ -137,7 +137,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
 
 def _copy_tables(value: Any) -> Any:
     """Copy dictionaries and lists; keep everything else (a dataset or an optimizer) as the object it is."""
-    if type(value) is dict:
+    if isinstance(value, dict):
         return {key: _copy_tables(entry) for key, entry in value.items()}
     if type(value) is list:
         return [_copy_tables(entry) for entry in value]
@@ -149,7 +149,7 @@ def _set(table: dict[str, Any], path: list[str], value: Any, override: str) -> N
     for depth, name in enumerate(path):
         last = depth == len(path) - 1
         at = ".".join(path[:depth]) or "the top"
-        if isinstance(here, MutableMapping):
+        if isinstance(here, dict):
             if last:
                 here[name] = value
             else:

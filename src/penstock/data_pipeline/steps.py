@@ -235,7 +235,8 @@ def optimize_model(optimizer: torch.optim.Optimizer, *, max_grad_norm: float | N
 def to_device(value: Any, device: torch.device) -> Any:
     """A nest of tuples, lists and mappings with its tensors on ``device``."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        # Towards the CPU a copy that does not block may be read before it is there.
+        return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(to_device(entry, device) for entry in value))
     if isinstance(value, tuple | list):

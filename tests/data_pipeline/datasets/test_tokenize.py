@@ -79,6 +79,13 @@ def test_batches_do_not_show(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: 
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
 
 
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:
+    texts = ["good", "ba\ud83dd", "\U0001f98a"]
+    tokenizer = train_bpe(texts, vocab_size=257)
+    tokenize_to_indexed(texts, tokenizer, tmp_path / "c", end_of_text=None)
+    assert [tokenizer.decode(list(row)) for row in IndexedDataset(tmp_path / "c")] == ["good", "ba?d", "\U0001f98a"]
+
+
 def test_without_an_end_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenize_to_indexed(["ab"], tokenizer, tmp_path / "c", end_of_text=None)
     assert tokenizer.decode(list(IndexedDataset(tmp_path / "c")[0])) == "ab"
@@ -146,7 +153,12 @@ def test_a_forked_worker_encodes_in_silence(setting: str | None) -> None:
     if setting is not None:
         environment["TOKENIZERS_PARALLELISM"] = setting
     done = subprocess.run(
-        [sys.executable, "-c", _FORK], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "ignore", "-c", _FORK],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -77,7 +77,7 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2) 
         nonlocal seen
         for text in texts:
             seen += bool(text)
-            yield text
+            yield _encodable(text)
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -209,13 +209,22 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
     for text in texts:
-        batch.append(text)
+        batch.append(_encodable(text))
         characters += len(text)
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _encodable(text: str) -> str:
+    """The text itself, or with ``?`` for halves of surrogate pairs: JSON can spell them, but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def _watch_forks() -> None:
