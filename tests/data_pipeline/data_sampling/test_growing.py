@@ -48,16 +48,17 @@ def check_order(sizes: list[int], births: list[int], drawn: list[int]) -> None:
     for k, slot in enumerate(drawn):
         pool = sum(sizes[: sum(birth <= k for birth in births)])
         assert 0 <= slot < pool, f"position {k} drew slot {slot} of a pool of {pool}"
-        ended = born > 0 and len(seen) == sum(map(len, groups))
+        birth = born < len(births) and births[born] == k
+        if birth:
+            start = sum(sizes[:born])
+            groups.append(set(range(start, start + sizes[born])))
+            born += 1
+        ended = len(seen) == sum(map(len, groups))
         if ended:
             groups, seen = [set().union(*groups)], set()
-        if ended or (born < len(births) and births[born] == k):
+        if ended or birth:
             if expected is not None:
                 assert got == Counter(expected), f"shares up to position {k}"
-            if born < len(births) and births[born] == k:
-                start = sum(sizes[:born])
-                groups.append(set(range(start, start + sizes[born])))
-                born += 1
             unseen = [len(group - seen) for group in groups]
             until = births[born] if born < len(births) else k + sum(unseen)
             length = min(sum(unseen), until - k)
@@ -97,12 +98,18 @@ def test_epochs_after_the_last_birth_hold_each_sample_once(pool: tuple[list[int]
     assert starts
 
 
-def test_an_epoch_ends_exactly_at_a_birth() -> None:
-    # Both samples of block 0 appear twice before position 4, and the pass ends exactly as block 1 is born.
+def test_a_pass_ends_exactly_at_a_birth() -> None:
+    # Both samples of block 0 appear twice before position 4. The second pass would end there, but block 1 joins it.
     order = GrowingOrder([2, 3], [0, 4], seed=3)
     drawn = order(np.arange(14)).tolist()
     assert sorted(drawn[0:2]) == sorted(drawn[2:4]) == [0, 1]
-    assert sorted(drawn[4:9]) == sorted(drawn[9:14]) == [0, 1, 2, 3, 4]
+    assert sorted(drawn[4:7]) == [2, 3, 4]
+    assert sorted(drawn[7:12]) == [0, 1, 2, 3, 4]
+    # The same at the end of a pass over two blocks: slots 2 and 3, born at 2, complete the pass of 0 and 1.
+    drawn = GrowingOrder([1, 1, 2], [0, 1, 2], seed=3)(np.arange(8)).tolist()
+    assert drawn[:2] == [0, 1]
+    assert sorted(drawn[2:4]) == [2, 3]
+    assert sorted(drawn[4:8]) == [0, 1, 2, 3]
 
 
 def test_a_tiny_pool_repeats_for_long_without_a_table() -> None:

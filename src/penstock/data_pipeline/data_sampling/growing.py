@@ -12,7 +12,8 @@ The samples lie sorted by when they enter, so that the pool at any position is a
 Between two events (a birth, or the end of a pass with several blocks) lies a *segment*. A segment of ``L`` positions
 takes from each block a share proportional to the block's unseen samples, apportioned exactly by largest remainders; a
 block's share is the next part of the block's own keyed permutation, so "unseen" is one cursor per block. A keyed
-permutation of the ``L`` positions mixes the shares. When a pass ends the blocks become one, and as long as nothing is
+permutation of the ``L`` positions mixes the shares. When a pass ends (nothing being born at that very position) the
+blocks become one, and as long as nothing is
 born that one is permuted anew, pass after pass, in a single segment. So there are at most three segments per birth, and
 a position is answered by a look-up of its segment and two permutations.
 """
@@ -128,7 +129,7 @@ class GrowingOrder:
             blocks.append(_Block(pool, size, self._block_key(number, pool)))
             pool += size
             until = self._births[block + 1] if block + 1 < len(self._births) else None
-            if len(blocks) > 1:
+            if blocks[0].size < pool:
                 unseen = [b.size - b.cursor for b in blocks]
                 length = sum(unseen) if until is None else min(sum(unseen), until - k)
                 shares = apportion(unseen, length)
@@ -137,18 +138,22 @@ class GrowingOrder:
                     drawn.cursor += share
                 blocks = [b for b in blocks if b.cursor < b.size]
                 k += length
-                if not blocks:
+                if not blocks and k != until:
                     number += 1
                     blocks = [_Block(0, pool, self._block_key(number, 0))]
             if k == until:
                 continue
-            # Only one block is here: the first, or all of them merged after a pass that ended just now.
+            # One block is the whole pool: the first, or all of them merged after a pass that ended just now.
             origin = k - blocks[0].cursor
             plan.append((k, _Repeated(origin, number, pool, self._base_key)))
             if until is not None:
                 passes, cursor = divmod(until - origin, pool)
                 number += passes
                 blocks = [_Block(0, pool, self._block_key(number, 0), cursor)]
+                if cursor == 0:
+                    # What is born at the very end of a pass still belongs to that pass: the pool is not exhausted.
+                    number -= 1
+                    blocks = []
         return plan
 
     def _block_key(self, number: int, start: int) -> int:

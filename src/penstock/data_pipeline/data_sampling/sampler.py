@@ -135,22 +135,24 @@ class DataSampler(Sampler[list[int]]):
         low, high = int(flat.min()), int(flat.max())
         if low < 0:
             raise ValueError(f"positions count from 0, got {low}")
-        if high // _CHUNK - low // _CHUNK > 1:
+        if high // _CHUNK - low // _CHUNK > 1 or high >= self.num_samples:
             return self._order(flat).reshape(positions.shape)
         # Batches are asked for one after another: whole chunks are worked out at once and the last one is kept, since
         # a small call costs hardly less than one of a few thousand positions.
         first = low // _CHUNK
-        result = self._chunk_at(first)[np.minimum(flat - first * _CHUNK, _CHUNK - 1)]
-        if high // _CHUNK != first:
-            beyond = flat >= (first + 1) * _CHUNK
-            result[beyond] = self._chunk_at(first + 1)[flat[beyond] - (first + 1) * _CHUNK]
+        if high // _CHUNK == first:
+            return self._chunk_at(first)[flat - first * _CHUNK].reshape(positions.shape)
+        beyond = flat >= (first + 1) * _CHUNK
+        result = np.empty(len(flat), dtype=np.int64)
+        result[~beyond] = self._chunk_at(first)[flat[~beyond] - first * _CHUNK]
+        result[beyond] = self._chunk_at(first + 1)[flat[beyond] - (first + 1) * _CHUNK]
         return result.reshape(positions.shape)
 
     def _chunk_at(self, number: int) -> IntArray:
         known, samples = self._chunk  # read once: another thread may put another chunk in its place
         if known != number:
             start = number * _CHUNK
-            samples = self._order(np.arange(start, start + _CHUNK, dtype=np.int64))
+            samples = self._order(np.arange(start, min(start + _CHUNK, self.num_samples), dtype=np.int64))
             self._chunk = (number, samples)
         return samples
 
