@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.pipe.schedule import COMPUTE_OPS, Action, Schedule, channel_of, get_schedule, place_communication
+from penstock.pipe.schedule import (
+    COMPUTE_OPS,
+    Action,
+    Schedule,
+    ScheduleError,
+    channel_of,
+    get_schedule,
+    place_communication,
+)
 from support.pipe_schedules import v_shaped
 
 
@@ -77,3 +85,9 @@ def test_sends_and_receives_match_in_order_on_every_channel(schedule: Schedule) 
 )
 def test_channels(text: str, channel: tuple[int, int, str]) -> None:
     assert channel_of(Action.parse(text), (0, 1, 1, 0)) == channel
+
+
+@pytest.mark.parametrize("text", ["0F0", "0SEND_B0", "3SEND_F0", "1SEND_F0", "4RECV_F0"])
+def test_no_channel(text: str) -> None:
+    with pytest.raises(ScheduleError, match=f"action {text} passes no message"):
+        channel_of(Action.parse(text), (0, 1, 1, 0))

@@ -27,8 +27,8 @@ def test_malformed_actions_are_refused(text: str) -> None:
         Action.parse(text)
 
 
-def test_pytorch_idle_cells_are_skipped_and_placement_follows() -> None:
-    schedule = Schedule.from_text("0F0,,3F0,3I0,,0I0,3W0,0W0\n,1F0,2F0,,2I0,1I0,2W0,1W0\n", "zb")
+def test_pytorchs_cells_without_compute_are_skipped_and_placement_follows() -> None:
+    schedule = Schedule.from_text("0F0,,3F0,3I0,,0I0,3W0,0W0,0REDUCE_GRAD\n,1F0,2F0,,2I0,1I0,2W0,1W0\n", "zb")
     assert schedule.placement == (0, 1, 1, 0)
     assert (schedule.num_stages, schedule.micro_batches, schedule.num_ranks) == (4, 1, 2)
     assert schedule.stages_of(0) == (0, 3)

@@ -90,9 +90,15 @@ def test_another_key_draws_otherwise() -> None:
     ids_BS = torch.arange(10).reshape(2, 5)
     losses = {
         _run(_model(num_stages=1), ids_BS, key)[0].item()
-        for key in (KEY, BatchKey(4, 5, 2, (7, 8)), BatchKey(3, 6, 2, (7, 8)), BatchKey(3, 5, 1, (7, 8)))
+        for key in (
+            KEY,
+            BatchKey(4, 5, 2, (7, 8)),
+            BatchKey(3, 6, 2, (7, 8)),
+            BatchKey(3, 5, 1, (7, 8)),
+            BatchKey(3, 5, 2, (1, 2)),
+        )
     }
-    assert len(losses) == 4
+    assert len(losses) == 5
 
 
 @pytest.mark.parametrize(("interval", "forwards"), [(0, 5), (1, 10), (2, 10), (7, 10)])
@@ -269,3 +275,19 @@ def test_a_copied_stage_is_whole() -> None:
     ours, theirs = dict(stage.canonical_parameters()), dict(twin.canonical_parameters())
     assert {id(p) for p in twin.parameters()} == {id(p) for p in theirs.values()}
     assert not {id(p) for p in ours.values()} & {id(p) for p in theirs.values()}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_weights_are_the_cpus_and_recomputation_draws_the_same_again() -> None:
+    ids_BS = torch.arange(10, device="cuda").reshape(2, 5)
+    cpu = dict(_model(num_stages=1).build_stage(0).canonical_parameters())
+    runs = []
+    for interval in (0, 2):
+        stage = _model(num_stages=1, activation_checkpoint_interval=interval).build_stage(0, device="cuda")
+        for name, parameter in stage.canonical_parameters():
+            assert torch.equal(parameter.cpu(), cpu[name])
+        stage(ids_BS, KEY).square().mean().backward()
+        runs.append({name: parameter.grad for name, parameter in stage.canonical_parameters()})
+    for name, gradient in runs[0].items():
+        torch.testing.assert_close(runs[1][name], gradient)

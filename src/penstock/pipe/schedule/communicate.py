@@ -1,7 +1,8 @@
 """Place communication: from compute actions to compute, sends and receives."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from penstock.pipe.schedule.action import (
@@ -14,10 +15,18 @@ from penstock.pipe.schedule.action import (
     SEND_FORWARD,
     Action,
 )
-from penstock.pipe.schedule.schedule import Schedule
+from penstock.pipe.schedule.schedule import Schedule, ScheduleError
 
-GRADIENT_OPS: Final = frozenset({BACKWARD, INPUT_GRADIENT})
-"""The ops that need the gradient of the stage's output and yield the gradient of its inputs."""
+_SENDS: Final = {
+    FORWARD: (SEND_FORWARD, RECEIVE_FORWARD, +1),
+    BACKWARD: (SEND_BACKWARD, RECEIVE_BACKWARD, -1),
+    INPUT_GRADIENT: (SEND_BACKWARD, RECEIVE_BACKWARD, -1),
+}
+"""For each op that makes a value for a neighbour: the send, the neighbour's receive, and which neighbour."""
+_NEEDS: Final = {FORWARD: RECEIVE_FORWARD, BACKWARD: RECEIVE_BACKWARD, INPUT_GRADIENT: RECEIVE_BACKWARD}
+"""For each op that needs a neighbour's value: the receive."""
+_PEER: Final = {SEND_FORWARD: +1, RECEIVE_FORWARD: -1, SEND_BACKWARD: -1, RECEIVE_BACKWARD: +1}
+"""For each send and receive, the stage at the other end, counted from the action's."""
 
 
 class Channel(NamedTuple):
@@ -35,6 +44,10 @@ class Channel(NamedTuple):
     direction: str
 
 
+Channels = dict[str, list[Channel | None]]
+"""For each send and receive op, the channel of each stage; None at the ends and between stages on one rank."""
+
+
 def place_communication(schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
     """For each rank, its compute actions with the sends and receives they need.
 
@@ -43,76 +56,78 @@ def place_communication(schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
     action that needs a later message first has the earlier ones received too. Neighbouring stages on the same rank
     hand values over without a message. Weight gradients (W) neither wait nor send.
     """
-    sent = _messages_by_channel(schedule)
-    return tuple(tuple(_with_communication(schedule, rank, sent)) for rank in range(schedule.num_ranks))
+    channels = channels_of(schedule.placement)
+    sent = _receives_by_channel(schedule, channels)
+    return tuple(tuple(_with_communication(actions, channels, sent)) for actions in schedule.ranks)
 
 
-def output_of(action: Action, placement: tuple[int, ...]) -> tuple[Action, Action, Channel] | None:
-    """The message that a compute action gives rise to: its send, its receive and its channel; None if there is none."""
-    stage, op, micro_batch = action
-    if op == FORWARD:
-        to, send, receive, direction = stage + 1, SEND_FORWARD, RECEIVE_FORWARD, "F"
-    elif op in GRADIENT_OPS:
-        to, send, receive, direction = stage - 1, SEND_BACKWARD, RECEIVE_BACKWARD, "B"
-    else:
-        return None
-    if not 0 <= to < len(placement) or placement[to] == placement[stage]:
-        return None
-    channel = Channel(placement[stage], placement[to], direction)
-    return Action(stage, send, micro_batch), Action(to, receive, micro_batch), channel
+def channel_of(action: Action, placement: Sequence[int]) -> Channel:
+    """The channel that a send or receive uses.
 
-
-def input_of(action: Action, placement: tuple[int, ...]) -> tuple[Action, Channel] | None:
-    """The message that a compute action needs: its receive and its channel; None if there is none."""
-    stage, op, micro_batch = action
-    if op == FORWARD:
-        origin, receive, direction = stage - 1, RECEIVE_FORWARD, "F"
-    elif op in GRADIENT_OPS:
-        origin, receive, direction = stage + 1, RECEIVE_BACKWARD, "B"
-    else:
-        return None
-    if not 0 <= origin < len(placement) or placement[origin] == placement[stage]:
-        return None
-    return Action(stage, receive, micro_batch), Channel(placement[origin], placement[stage], direction)
-
-
-def channel_of(action: Action, placement: tuple[int, ...]) -> Channel:
-    """The channel that a send or receive uses."""
+    Raises:
+        ScheduleError: The action is no communication, or its stage has no neighbour on another rank there.
+    """
     stage, op, _ = action
-    direction = op[-1]
-    step = 1 if direction == "F" else -1
-    if op.startswith("SEND"):
-        return Channel(placement[stage], placement[stage + step], direction)
-    return Channel(placement[stage - step], placement[stage], direction)
+    peer = stage + _PEER.get(op, 0)
+    if not (0 <= stage < len(placement) and 0 <= peer < len(placement)) or placement[peer] == placement[stage]:
+        raise ScheduleError(f"action {action} passes no message between ranks with placement {tuple(placement)}")
+    here, there = placement[stage], placement[peer]
+    return Channel(here, there, op[-1]) if op in (SEND_FORWARD, SEND_BACKWARD) else Channel(there, here, op[-1])
 
 
-def _messages_by_channel(schedule: Schedule) -> dict[Channel, deque[Action]]:
+def channels_of(placement: Sequence[int]) -> Channels:
+    """The channels between the stages of a placement."""
+    onward: list[Channel | None] = [
+        Channel(rank, following, "F") if rank != following else None for rank, following in pairwise(placement)
+    ]
+    back = [Channel(channel.target, channel.source, "B") if channel else None for channel in onward]
+    return {
+        SEND_FORWARD: [*onward, None],
+        RECEIVE_FORWARD: [None, *onward],
+        SEND_BACKWARD: [None, *back],
+        RECEIVE_BACKWARD: [*back, None],
+    }
+
+
+def _receives_by_channel(schedule: Schedule, channels: Channels) -> dict[Channel, deque[Action]]:
     """For each channel, the receives in the order in which their messages are sent."""
-    messages: dict[Channel, deque[Action]] = {}
+    receives: dict[Channel, deque[Action]] = {}
     for actions in schedule.ranks:
-        for action in actions:
-            output = output_of(action, schedule.placement)
-            if output is not None:
-                messages.setdefault(output[2], deque()).append(output[1])
-    return messages
+        for stage, op, micro_batch in actions:
+            if op not in _SENDS:
+                continue
+            send, receive, step = _SENDS[op]
+            channel = channels[send][stage]
+            if channel is not None:
+                receives.setdefault(channel, deque()).append(Action(stage + step, receive, micro_batch))
+    return receives
 
 
-def _with_communication(schedule: Schedule, rank: int, sent: dict[Channel, deque[Action]]) -> Iterator[Action]:
+def _with_communication(
+    actions: Sequence[Action], channels: Channels, sent: dict[Channel, deque[Action]]
+) -> Iterator[Action]:
     received_early: set[Action] = set()
-    for action in schedule.ranks[rank]:
-        needed = input_of(action, schedule.placement)
-        if needed is not None:
-            receive, channel = needed
-            if receive in received_early:
-                received_early.remove(receive)
-            else:
-                queue = sent.get(channel, deque())
-                while queue and (message := queue.popleft()) != receive:
-                    received_early.add(message)
-                    yield message
-                # Also where nobody sends it: the validator says so.
-                yield receive
+    for action in actions:
+        stage, op, micro_batch = action
+        if op in _NEEDS:
+            receive = _NEEDS[op]
+            channel = channels[receive][stage]
+            if channel is not None:
+                needed = Action(stage, receive, micro_batch)
+                if needed in received_early:
+                    received_early.remove(needed)
+                else:
+                    yield from _receive_up_to(needed, sent.get(channel, deque()), received_early)
         yield action
-        output = output_of(action, schedule.placement)
-        if output is not None:
-            yield output[0]
+        if op in _SENDS:
+            send = _SENDS[op][0]
+            if channels[send][stage] is not None:
+                yield Action(stage, send, micro_batch)
+
+
+def _receive_up_to(needed: Action, queue: deque[Action], received_early: set[Action]) -> Iterator[Action]:
+    while queue and (message := queue.popleft()) != needed:
+        received_early.add(message)
+        yield message
+    # Also where nobody sends it: the validator says so.
+    yield needed

@@ -1,9 +1,13 @@
 """A pipeline schedule as data."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from penstock.pipe.schedule.action import BACKWARD, COMPUTE_OPS, FORWARD, WEIGHT_GRADIENT, Action
+
+_NO_COMPUTE: Final = re.compile(r"\s*([0-9]+(UNSHARD|RESHARD|REDUCE_GRAD))?\s*")
 
 
 class ScheduleError(ValueError):
@@ -73,14 +77,17 @@ class Schedule:
     def from_text(cls, text: str, name: str = "custom") -> "Schedule":
         """Read :meth:`to_text`'s form; numbers of stages and micro-batches and the placement follow from the actions.
 
-        Empty cells, with which PyTorch marks idle time, are skipped.
+        Empty cells, with which PyTorch marks idle time, are skipped, and so are its cells that say when to gather or
+        reduce parameters (``0UNSHARD``, ``0RESHARD``, ``0REDUCE_GRAD``): here that is the engine's affair.
 
         Raises:
             ScheduleError: No actions, a communication action, or a stage that appears on two ranks or on none.
             ValueError: A cell that is no action.
         """
         lines = text.strip().splitlines()
-        ranks = tuple(tuple(Action.parse(cell) for cell in line.split(",") if cell.strip()) for line in lines)
+        ranks = tuple(
+            tuple(Action.parse(cell) for cell in line.split(",") if not _NO_COMPUTE.fullmatch(cell)) for line in lines
+        )
         return cls.from_ranks(ranks, name)
 
     @classmethod

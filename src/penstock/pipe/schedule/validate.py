@@ -17,7 +17,7 @@ from penstock.pipe.schedule.action import (
     WEIGHT_GRADIENT,
     Action,
 )
-from penstock.pipe.schedule.communicate import Channel, channel_of, input_of, place_communication
+from penstock.pipe.schedule.communicate import Channel, channels_of, place_communication
 from penstock.pipe.schedule.schedule import Schedule, ScheduleError
 
 # What has happened to one micro-batch in one stage, a bit for each. A whole backward sets both of its halves.
@@ -161,8 +161,7 @@ class _Play:
         self._in_flight: dict[Channel, deque[Action]] = {}
         self._passed: dict[Channel, int] = {}
         self._waiting: dict[Channel, int] = {}
-        # channel_of is asked for every message: remember its answer for each stage and op.
-        self._channels: dict[tuple[int, str], Channel] = {}
+        self._channels = channels_of(schedule.placement)
 
     def run(self) -> dict[Channel, int]:
         """Play to the end; returns the number of messages of each channel."""
@@ -215,19 +214,18 @@ class _Play:
         return placement[stage] == placement[neighbour] and bool(self._state[at] & bit)
 
     def _too_early(self, rank: int, action: Action, what: str, neighbour: int) -> ScheduleError:
-        needed = input_of(action, self._schedule.placement)
-        if needed is not None:
-            return _fault(self._schedule, rank, action, f"it comes before {needed[0]}")
+        receive = RECEIVE_FORWARD if what == FORWARD else RECEIVE_BACKWARD
+        if self._channels[receive][action.stage] is not None:
+            needed = Action(action.stage, receive, action.micro_batch)
+            return _fault(self._schedule, rank, action, f"it comes before {needed}")
         result = "output" if what == FORWARD else "gradient"
         return _fault(
             self._schedule, rank, action, f"it comes before stage {neighbour}'s {result}, made on the same rank"
         )
 
     def _channel(self, action: Action) -> Channel:
-        key = (action.stage, action.op)
-        channel = self._channels.get(key)
-        if channel is None:
-            channel = self._channels[key] = channel_of(action, self._schedule.placement)
+        channel = self._channels[action.op][action.stage]
+        assert channel is not None
         return channel
 
     def _send(self, rank: int, action: Action, woken: list[int]) -> bool:
