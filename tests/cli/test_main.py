@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import typer
@@ -62,9 +63,45 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: Sequence[str]) -> None
     assert "Traceback" not in result.output
 
 
-def test_debug_raises_the_error_itself() -> None:
-    result = run("--debug", "schedule", "1f1", "-p", "4", "-m", "8")
-    assert isinstance(result.exception, ValueError)
+def test_debug_raises_the_error_itself_here_and_in_launched_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_DEBUG", "0")
+    mistake = ("schedule", "1f1", "-p", "4", "-m", "8")
+    assert isinstance(run(*mistake).exception, SystemExit)
+    assert isinstance(run("--debug", *mistake).exception, ValueError)
+    assert isinstance(run(*mistake).exception, ValueError)  # as a child sees it: by the environment
+
+
+def test_a_system_error_without_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.runtime import inspection
+
+    def lose(path: object) -> None:
+        raise ConnectionResetError("peer")
+
+    monkeypatch.setattr(inspection, "inspect_path", lose)
+    assert isinstance(run("inspect", "x").exception, ConnectionResetError)
+
+
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.runtime import inspection
+
+    def missing(path: Path) -> None:
+        path.read_bytes()
+
+    monkeypatch.setattr(inspection, "inspect_path", missing)
+    result = run("inspect", "/nowhere/x")
+    assert (result.exit_code, result.output) == (2, "error: /nowhere/x: No such file or directory\n")
+
+
+def test_notes_say_where_it_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.runtime import inspection
+
+    def fail(path: object) -> None:
+        error = ValueError("the loss is a vector")
+        error.add_note("rank 1, stage 1")
+        raise error
+
+    monkeypatch.setattr(inspection, "inspect_path", fail)
+    assert run("inspect", "x").output == "error: the loss is a vector\n  rank 1, stage 1\n"
 
 
 def test_the_command_line_starts_without_torch() -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from penstock._core.files import write_manifest
 from penstock.cli.main import app
 from penstock.data_pipeline.data_sampling import DataAnalyzer, IndexedDataset, IndexedDatasetBuilder
 from penstock.pipe.schedule import Schedule, get_schedule
@@ -185,6 +186,17 @@ def test_a_damaged_run_is_not_intact(run_directory: Path, damage: str) -> None:
         "none left": "step_00000002",
     }
     assert named[damage] in result.output
+
+
+def test_inspect_any_sealed_directory(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    write_manifest(tmp_path, ["a.txt"])
+    good = run("inspect", tmp_path)
+    assert good.output.splitlines() == [f"{tmp_path}: sealed directory", "  files  1", "intact"]
+    (tmp_path / "a.txt").write_text("two")
+    bad = run("inspect", tmp_path)
+    assert bad.exit_code == 1
+    assert "a.txt: its SHA-256 differs" in bad.output
 
 
 def test_inspect_tensors_and_strangers(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from penstock._core.files import MANIFEST_NAME, CorruptFileError
 from penstock.runtime.checkpoint import (
@@ -212,6 +214,38 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     )
     with pytest.raises(CorruptFileError, match="version 99"):
         Checkpoint(tmp_path)
+
+
+FILES = [layer_file(0), layer_file(1), rank_file(0), "state.json", MANIFEST_NAME]
+
+
+@given(name=st.sampled_from(FILES), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_no_damage_passes_unseen(
+    tmp_path_factory: pytest.TempPathFactory, name: str, where: float, bit: int, cut: bool
+) -> None:
+    """A bit is flipped, or the rest cut off, anywhere: that is refused by name, or everything reads as before."""
+    path = write(tmp_path_factory.mktemp("c"), 5)
+    data = bytearray((path / name).read_bytes())
+    at = int(where * len(data))
+    data[at] ^= 1 << bit
+    (path / name).write_bytes(data[:at] if cut else data)
+    message = ""
+    try:
+        checkpoint = Checkpoint(path)
+        checkpoint.verify()
+        layers = [checkpoint.read_layer(layer) for layer in (0, 1)]
+        memories, state = checkpoint.read_rank(0), checkpoint.read_state()
+    except CorruptFileError as error:
+        message = str(error)
+    if message:
+        assert str(path) in message
+        return
+    assert name == MANIFEST_NAME  # white space, for example
+    assert checkpoint.step == 5
+    expected = [layer_tensors(layer, 5) for layer in (0, 1)]
+    assert all(torch.equal(layers[i][key], tensor) for i in (0, 1) for key, tensor in expected[i].items())
+    assert torch.equal(memories["worker"], torch.arange(4.0))
+    assert state == {"step": 5, "tokens": 35}
 
 
 def test_sealing_without_a_rank_that_did_not_write_is_refused(tmp_path: Path) -> None:

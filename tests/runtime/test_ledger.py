@@ -100,6 +100,15 @@ def test_merging_does_not_depend_on_the_grouping() -> None:
         merge([])
 
 
+def test_peak_memory_and_time_are_those_of_the_worst_process() -> None:
+    low, high = (rank(1, first=True, seconds=s).state_dict() for s in (3.0, 1.0))
+    low["peak_memory"], high["peak_memory"] = {"rss": 5, "cuda": 9}, {"rss": 7}
+    merged = merge([low, high])
+    assert merged["peak_memory"] == {"rss": 7, "cuda": 9}
+    assert merged["slowest_s"] == 3.0
+    assert merged["seconds"]["steps"] == 4.0
+
+
 def test_stop_and_resume_counts_as_one_run() -> None:
     whole = rank(1, first=True, seconds=2.0)
     first, second = rank(1, first=True, seconds=2.0), Ledger(layer_flops={1: block}, plain_bubble=0.2)

@@ -1,7 +1,8 @@
 """``penstock <verb>``: the command line. Verbs parse, call and print; each imports what it needs when it runs."""
 
+import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -15,7 +16,8 @@ from penstock.cli.schedule import schedule
 from penstock.cli.tokenize import tokenize
 from penstock.cli.train import train
 
-_WRONG_INPUT = 2
+_WRONG_INPUT: Final = 2
+_DEBUG: Final = "PENSTOCK_DEBUG"
 
 
 class _FriendlyGroup(TyperGroup):
@@ -25,7 +27,9 @@ class _FriendlyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
-            if ctx.params.get("debug"):
+            # A system error that names no file (a broken pipe, a lost connection) is not the user's to mend.
+            nameless = isinstance(error, OSError) and error.filename is None
+            if nameless or ctx.params.get("debug"):
                 raise
             typer.echo(typer.style(f"error: {_sentence(error)}", fg=typer.colors.RED), err=True)
             raise typer.Exit(_WRONG_INPUT) from None
@@ -54,13 +58,15 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", envvar=_DEBUG, help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train transformers on fewer samples, fewer tokens, fewer bytes and fewer idle seconds.
 
     \b
     Example: penstock train --output runs/demo
     """
+    if debug:
+        os.environ[_DEBUG] = "1"  # for the processes that a verb launches
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_manifest, sha256_of
-from penstock.runtime.checkpoint.names import FORMAT, FORMAT_VERSION, STATE_NAME, layer_file, rank_file
+from penstock.runtime.checkpoint.names import FORMAT, FORMAT_VERSION, STATE_NAME, layer_file, rank_file, step_name
 
 
 class Checkpoint:
@@ -44,6 +44,8 @@ class Checkpoint:
                 f"this Penstock reads version {FORMAT_VERSION}"
             )
         self.step: int = manifest["step"]
+        if self.path.name.startswith("step_") and not self.path.name.startswith(step_name(self.step)):
+            raise CorruptFileError(f"{self.path}: its manifest is that of step {self.step}")
         self._files: dict[str, dict[str, Any]] = manifest["files"]
         self.layers = self._numbers(r"layer_(\d{3,})\.safetensors")
         self.ranks = self._numbers(r"errors_rank_(\d{3,})\.safetensors")
