@@ -182,6 +182,40 @@ def test_instances_are_copied_and_keep_their_weights() -> None:
     assert len({first.data_ptr(), second.data_ptr(), layer.weight.data_ptr()}) == 3
 
 
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.own = nn.Parameter(torch.randn(2))
+
+    def forward(self, value: Any) -> Any:
+        return self.inner(value)
+
+
+def test_modules_among_a_specs_arguments_are_copied_too() -> None:
+    layer = nn.Linear(2, 2)
+    before = layer.weight.detach().clone()
+    module = PipelineModule([LayerSpec(Around, layer)], num_stages=1)
+    stage = module.build_stage(0, dtype=torch.float64)
+    found = dict(stage.canonical_parameters())["layer_000.inner.weight"]
+    assert torch.equal(found, before.double())
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, before)
+    with pytest.raises(ValueError, match="layer_001 and layer_000 share the parameter 'weight'"):
+        PipelineModule([LayerSpec(Around, layer), LayerSpec(Around, inner=layer)])
+
+
+def test_an_existing_module_may_be_tied() -> None:
+    embedding = nn.Embedding(4, 2)
+    specs = [TiedLayerSpec("e", nn.Sequential, embedding, tied_weight_attr="0.weight") for _ in range(2)]
+    module = PipelineModule(specs, num_stages=2)
+    assert module.total_parameters == 8
+    copies = [module.build_stage(stage).tied["e"] for stage in range(2)]
+    assert [[name for name, _ in copy] for copy in copies] == [["layer_000.0.weight"]] * 2
+    assert all(torch.equal(copy[0][1], embedding.weight) for copy in copies)
+    assert copies[0][0][1] is not copies[1][0][1]
+
+
 def test_stages_may_be_known_later() -> None:
     module = PipelineModule(_layers())
     assert (module.num_stages, module.bounds) == (None, None)
@@ -227,6 +261,8 @@ _SHARED = nn.Linear(2, 2)
         (lambda: PipelineModule([_SHARED, nn.ReLU(), _SHARED]), "layer_002 and layer_000 share the parameter 'weight'"),
         (lambda: PipelineModule([nn.ReLU()], 2), "2 pipeline stages need at least 2 layers, the model has 1"),
         (lambda: PipelineModule([nn.ReLU()], 0), "num_stages must be at least 1, got 0"),
+        (lambda: PipelineModule([nn.ReLU()], "2"), "num_stages must be an integer, got '2'"),  # type: ignore[arg-type]
+        (lambda: PipelineModule([nn.ReLU()], activation_checkpoint_interval=0.5), "got 0.5"),  # type: ignore[arg-type]
         (lambda: PipelineModule([nn.ReLU()], partition_method="uniforn"), "did you mean 'uniform'"),
         (lambda: PipelineModule([nn.ReLU()], partition_method="profile"), "comes with the planner"),
         (lambda: PipelineModule([nn.ReLU()], partition_method=[0, 2]), "end at the number of layers, 1"),

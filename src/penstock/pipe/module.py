@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from penstock._core.keys import derive, seed_torch
+from penstock.pipe.layer_facts import LayerFacts
 from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec, callable_name, layer_name
 from penstock.pipe.partition import check_method, check_num_stages, partition
 from penstock.pipe.stage import FunctionLayer, Stage
@@ -33,7 +34,8 @@ class PipelineModule:
 
     Weights are drawn from a generator seeded with ``(base_seed, canonical layer index)``, on the CPU, so they depend
     neither on the partition nor on the device; layers of one tie key use the index of the first. ``nn.Module``
-    instances keep the weights they have; each stage gets a copy of its own ones, and the instance is left alone.
+    instances, in the list or among a spec's arguments, keep the weights they have; each stage gets a copy of its own
+    ones, and the instance is left alone.
 
     Args:
         layers: :class:`LayerSpec`, :class:`TiedLayerSpec`, ``nn.Module`` instances and plain callables, in order.
@@ -78,10 +80,10 @@ class PipelineModule:
             raise ValueError(f"loss_fn must be a callable (output, targets), got {type(loss_fn).__name__}")
         if seed_fn is not None and not seed_layers:
             raise ValueError("seed_fn is called only with seed_layers=True; set it, or drop seed_fn")
-        if activation_checkpoint_interval < 0:
+        if not _is_integer(activation_checkpoint_interval) or activation_checkpoint_interval < 0:
             raise ValueError(
                 f"activation_checkpoint_interval must be 0 (keep all activations) or a number of layers, "
-                f"got {activation_checkpoint_interval}"
+                f"got {activation_checkpoint_interval!r}"
             )
         self.loss_fn = loss_fn
         self.seed_layers = seed_layers
@@ -95,9 +97,9 @@ class PipelineModule:
         check_method(self.partition_method, names)
         if self.num_stages is not None:
             check_num_stages(self.num_stages, self.num_layers)
-        shadows = [self._shadow(index) for index in range(self.num_layers)]
-        self.parameter_counts = tuple(_count_trainable(module) for module in shadows)
-        self._ties = find_ties(self.specs, shadows)
+        facts = [self._facts(index) for index in range(self.num_layers)]
+        self.parameter_counts = tuple(layer.trainable for layer in facts)
+        self._ties = find_ties(self.specs, facts)
         copies = sum(self.parameter_counts[i] for tie in self._ties.values() for i in tie.layers[1:])
         self.total_parameters = sum(self.parameter_counts) - copies
         self.bounds = self._bounds(self.num_stages)
@@ -200,6 +202,8 @@ class PipelineModule:
         if isinstance(layer, LayerSpec):
             with self._seeded(index):
                 module = _build(index, layer)
+            if _modules_given(layer):
+                module = copy.deepcopy(module)
         elif isinstance(layer, nn.Module):
             module = copy.deepcopy(layer)
         else:
@@ -220,21 +224,20 @@ class PipelineModule:
                 _seed_all(derive(self.base_seed, "init", owner))
             yield
 
-    def _shadow(self, index: int) -> nn.Module:
-        """The layer without its weights, for counting; instances as they are."""
+    def _facts(self, index: int) -> LayerFacts:
         layer = self.specs[index]
         if isinstance(layer, nn.Module):
-            return layer
+            return LayerFacts.of(layer)
         if not isinstance(layer, LayerSpec):
-            return FunctionLayer(layer)
+            return LayerFacts.of(FunctionLayer(layer))
         with _random_states_kept():
             try:
                 with torch.device("meta"):
-                    return layer.build()
+                    return LayerFacts.of(layer.build())
             except Exception:
                 # Some constructors read values (``tensor.tolist()``), which meta tensors do not have; and a wrong
                 # argument is reported the same from here.
-                return _build(index, layer).to("meta")
+                return LayerFacts.of(_build(index, layer))
 
 
 def _checked_layers(layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -259,10 +262,10 @@ def _checked_layers(layers: Sequence[Layer]) -> tuple[Layer, ...]:
                 f"{layer_name(index)} is {layer!r} ({type(layer).__name__}); a layer is a LayerSpec, a TiedLayerSpec, "
                 "a torch.nn.Module or a callable of one value"
             )
-        if isinstance(layer, nn.Module):
-            for name, parameter in layer.named_parameters():
+        for module in _modules_given(layer):
+            for name, parameter in module.named_parameters():
                 first = owner.setdefault(id(parameter), index)
-                if first != index:
+                if first != index and not _tied(layer, listed[first]):
                     raise ValueError(
                         f"{layer_name(index)} and {layer_name(first)} share the parameter {name!r}; "
                         "layers may lie on different stages, so say it with a TiedLayerSpec for each"
@@ -273,6 +276,8 @@ def _checked_layers(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 def _number_of_stages(
     num_stages: int | None, topology: ProcessTopology | None, method: str | tuple[int, ...]
 ) -> int | None:
+    if num_stages is not None and not _is_integer(num_stages):
+        raise ValueError(f"num_stages must be an integer, got {num_stages!r}")
     if topology is not None:
         if "pipe" not in topology.get_axis_names():
             raise ValueError(f"the topology has no 'pipe' axis, only {topology.get_axis_names()}")
@@ -287,12 +292,25 @@ def _number_of_stages(
     return len(method) - 1
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _type_name(layer: Layer) -> str:
     return layer.name if isinstance(layer, LayerSpec) else callable_name(layer)
 
 
-def _count_trainable(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+def _tied(layer: Layer, other: Layer) -> bool:
+    return isinstance(layer, TiedLayerSpec) and isinstance(other, TiedLayerSpec) and layer.key == other.key
+
+
+def _modules_given(layer: Layer) -> list[nn.Module]:
+    """Modules that exist already: the layer itself, or arguments of its spec."""
+    if isinstance(layer, nn.Module):
+        return [layer]
+    if not isinstance(layer, LayerSpec):
+        return []
+    return [v for v in (*layer.module_args, *layer.module_kwargs.values()) if isinstance(v, nn.Module)]
 
 
 def _build(index: int, spec: LayerSpec) -> nn.Module:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
+from penstock.pipe.layer_facts import LayerFacts
 from penstock.pipe.layer_spec import TiedLayerSpec, layer_name
 
 
@@ -30,12 +29,12 @@ class Tie:
         return self.layers[0]
 
 
-def find_ties(layers: Sequence[Any], shadows: Sequence[nn.Module]) -> dict[str, Tie]:
+def find_ties(layers: Sequence[Any], facts: Sequence[LayerFacts]) -> dict[str, Tie]:
     """The ties between layers, by key.
 
     Args:
         layers: The model's layers, of which :class:`TiedLayerSpec` count here.
-        shadows: For each layer, the module it builds, with parameters of the right shape; their values do not matter.
+        facts: For each layer, what it builds.
 
     Raises:
         ValueError: Layers of one key that cannot share their weights on any partition.
@@ -44,14 +43,14 @@ def find_ties(layers: Sequence[Any], shadows: Sequence[nn.Module]) -> dict[str, 
     for index, layer in enumerate(layers):
         if isinstance(layer, TiedLayerSpec):
             groups.setdefault(layer.key, []).append(index)
-    return {key: _tie(key, indices, layers, shadows) for key, indices in groups.items()}
+    return {key: _tie(key, indices, layers, facts) for key, indices in groups.items()}
 
 
-def _tie(key: str, indices: list[int], layers: Sequence[Any], shadows: Sequence[nn.Module]) -> Tie:
+def _tie(key: str, indices: list[int], layers: Sequence[Any], facts: Sequence[LayerFacts]) -> Tie:
     first = indices[0]
     owner = layers[first]
     assert isinstance(owner, TiedLayerSpec)
-    parameters = _described(shadows[first])
+    parameters = facts[first].parameters
     for name in owner.tied_weight_attr:
         if name not in parameters:
             raise ValueError(
@@ -68,23 +67,16 @@ def _tie(key: str, indices: list[int], layers: Sequence[Any], shadows: Sequence[
         other = layers[index]
         assert isinstance(other, TiedLayerSpec)
         both = f"tied layers {key!r}: {layer_name(index)} ({other.name}) and {layer_name(first)} ({owner.name})"
-        if type(shadows[index]) is not type(shadows[first]):
+        if facts[index].module_type is not facts[first].module_type:
             raise ValueError(f"{both} build different modules; give both the same module and use forward_fn to call it")
         if set(other.tied_weight_attr) != set(owner.tied_weight_attr):
             raise ValueError(
                 f"{both} name different tied_weight_attr, {list(other.tied_weight_attr)} and "
                 f"{list(owner.tied_weight_attr)}"
             )
-        found = _described(shadows[index])
+        found = facts[index].parameters
         if found != parameters:
             raise ValueError(
                 f"{both} have different parameters, {found} and {parameters}; give both the same arguments"
             )
     return Tie(key, tuple(indices), owner.tied_weight_attr)
-
-
-def _described(module: nn.Module) -> dict[str, str]:
-    return {
-        name: f"{tuple(parameter.shape)} {parameter.dtype}{'' if parameter.requires_grad else ' frozen'}"
-        for name, parameter in module.named_parameters()
-    }
