@@ -35,6 +35,7 @@ from penstock.pipe.loss import LossFn, loss_of
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.program import Program
 from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
+from penstock.pipe.schedule.validate import validate
 from penstock.pipe.stage import Stage
 from penstock.pipe.step import InFlight, StepResult, StepState
 from penstock.pipe.tied import TiedGradients
@@ -61,7 +62,7 @@ class PipelineEngine:
         device: Where batches are moved to.
 
     Raises:
-        ValueError: Stages, schedule and topology do not fit together.
+        ValueError: Stages, schedule and topology do not fit together, or the schedule cannot run.
     """
 
     def __init__(
@@ -84,6 +85,9 @@ class PipelineEngine:
         if isinstance(schedule, str):
             schedule = get_schedule(schedule, local[0].num_stages, micro_batches)
         _check_fit(local, schedule, micro_batches, groups)
+        # A stage runs at most this far ahead of its neighbour under 1F1B; with more room GPipe only fills memory.
+        window = max(4, schedule.num_stages + 1)
+        validate(schedule, capacity=window)
         self.stages = {stage.index: stage for stage in local}
         self.schedule = schedule
         self.micro_batches = micro_batches
@@ -96,8 +100,6 @@ class PipelineEngine:
         self.device = torch.device(device)
         self._program = Program.of(schedule, groups.pipe_rank)
         self._forward_programs: dict[int, Program] = {}
-        # A stage runs at most this far ahead of its neighbour under 1F1B; with more room GPipe only fills memory.
-        window = max(4, schedule.num_stages + 1)
         self._transport = Transport(
             groups.pipe_rank, groups.routes, watcher=self.watcher, meter=self.meter, window=window
         )
@@ -134,7 +136,8 @@ class PipelineEngine:
             total = self._start_mean(state.losses, tally)
             self._tied.sum()
             self.exchange.ready(self._tied.parameters)
-            with self.meter.timed("wait_replicas"), self.watcher.waiting("exchange of gradients"):
+            # The exchange meters its own waits: only it knows what part of this is waiting.
+            with self.watcher.waiting("exchange of gradients"):
                 self.exchange.finish()
             self._transport.drain()
             loss, tallied = self._finish_mean(total)

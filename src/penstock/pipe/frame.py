@@ -274,7 +274,8 @@ def _layout(structure: Structure, described: list[list[Any]], preamble: bytes) -
     for name, shape, _, apart in described:
         itemsize = _DTYPES[name].itemsize
         offsets.append(ends[apart] // itemsize)
-        ends[apart] = _align(ends[apart] + prod(shape) * itemsize)
+        # An empty tensor has a place too: a payload without bytes could not hold it.
+        ends[apart] += _align(max(1, prod(shape) * itemsize))
     return Layout(
         structure=structure,
         dtypes=tuple(_DTYPES[name] for name, _, _, _ in described),

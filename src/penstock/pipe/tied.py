@@ -16,13 +16,19 @@ from penstock._core.waiting import Watcher
 from penstock.pipe.stage import Stage
 
 
-class _Bucket(NamedTuple):
-    """Gradients that are summed in one go: of the same owners, dtype and device."""
+class _Weight(NamedTuple):
+    """One tied weight: its copies here (on one stage uses share a copy, two stages have two) and their sum's place."""
 
-    group: dist.ProcessGroup
-    parameters: list[nn.Parameter]
+    copies: list[nn.Parameter]
+    total: Tensor
+
+
+class _Bucket(NamedTuple):
+    """Weights that are summed in one go: of the same owners, dtype and device. Without a group, only this rank owns."""
+
+    group: dist.ProcessGroup | None
     flat: Tensor
-    parts: list[Tensor]
+    weights: list[_Weight]
 
 
 class TiedGradients:
@@ -43,22 +49,14 @@ class TiedGradients:
     ) -> None:
         self._watcher = watcher
         self._meter = meter
-        copies: dict[str, dict[int, nn.Parameter]] = {}
-        for stage in stages:
-            for key, named in stage.tied.items():
-                found = copies.setdefault(key, {})
-                found.update((id(parameter), parameter) for _, parameter in sorted(named, key=lambda pair: pair[0]))
         self.parameters: list[nn.Parameter] = []
-        by_bucket: dict[tuple[dist.ProcessGroup, torch.dtype, torch.device], list[nn.Parameter]] = {}
-        for key in sorted(copies):
-            for parameter in copies[key].values():
-                if not parameter.requires_grad:
-                    continue
-                self.parameters.append(parameter)
-                if key in groups:
-                    where = (groups[key], parameter.dtype, parameter.device)
-                    by_bucket.setdefault(where, []).append(parameter)
-        self._buckets = [_bucket(group, parameters) for (group, _, _), parameters in by_bucket.items()]
+        buckets: dict[tuple[dist.ProcessGroup | None, torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
+        for (key, _), copies in sorted(_copies_by_name(stages).items(), key=lambda item: item[0]):
+            self.parameters += copies
+            group = groups.get(key)
+            if group is not None or len(copies) > 1:
+                buckets.setdefault((group, copies[0].dtype, copies[0].device), []).append(copies)
+        self._buckets = [_bucket(group, weights) for (group, _, _), weights in buckets.items()]
 
     @property
     def ids(self) -> set[int]:
@@ -66,33 +64,49 @@ class TiedGradients:
         return {id(parameter) for parameter in self.parameters}
 
     def sum(self) -> None:
-        """Leave in each ``.grad`` the sum over all owners. A copy without a gradient counts as zeros."""
+        """Leave in each ``.grad`` the sum over all copies. A copy without a gradient counts as zeros."""
         if not self._buckets:
             return
         with self._meter.timed("wait_tied"), self._watcher.waiting("sum of tied gradients"), torch.no_grad():
-            works = []
-            for group, parameters, flat, parts in self._buckets:
-                for parameter, part in zip(parameters, parts, strict=True):
-                    if parameter.grad is None:
-                        part.zero_()
-                    else:
-                        part.copy_(parameter.grad)
-                works.append(dist.all_reduce(flat, group=group, async_op=True))
-                self._meter.all_reduce(TIED, flat.nbytes, dist.get_world_size(group))
-            for work, (_, parameters, _, parts) in zip(works, self._buckets, strict=True):
-                assert work is not None
-                work.wait()
-                for parameter, part in zip(parameters, parts, strict=True):
-                    if parameter.grad is None:
-                        parameter.grad = part.clone()
-                    else:
-                        parameter.grad.copy_(part)
+            works = [self._start(bucket) for bucket in self._buckets]
+            for bucket, work in zip(self._buckets, works, strict=True):
+                if work is not None:
+                    work.wait()
+                for weight in bucket.weights:
+                    for parameter in weight.copies:
+                        if parameter.grad is None:
+                            parameter.grad = weight.total.clone()
+                        else:
+                            parameter.grad.copy_(weight.total)
+
+    def _start(self, bucket: _Bucket) -> dist.Work | None:
+        bucket.flat.zero_()
+        for weight in bucket.weights:
+            for parameter in weight.copies:
+                if parameter.grad is not None:
+                    weight.total.add_(parameter.grad)
+        if bucket.group is None:
+            return None
+        self._meter.all_reduce(TIED, bucket.flat.nbytes, dist.get_world_size(bucket.group))
+        work: dist.Work | None = dist.all_reduce(bucket.flat, group=bucket.group, async_op=True)
+        return work
 
 
-def _bucket(group: dist.ProcessGroup, parameters: list[nn.Parameter]) -> _Bucket:
-    flat = torch.zeros(
-        sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype, device=parameters[0].device
-    )
-    pieces = flat.split([parameter.numel() for parameter in parameters])
-    parts = [piece.view(parameter.shape) for piece, parameter in zip(pieces, parameters, strict=True)]
-    return _Bucket(group, parameters, flat, parts)
+def _copies_by_name(stages: Sequence[Stage]) -> dict[tuple[str, str], list[nn.Parameter]]:
+    """The trainable tied parameters by tie key and canonical name."""
+    found: dict[tuple[str, str], list[nn.Parameter]] = {}
+    for stage in stages:
+        for key, named in stage.tied.items():
+            for name, parameter in named:
+                copies = found.setdefault((key, name), [])
+                if parameter.requires_grad and all(parameter is not copy for copy in copies):
+                    copies.append(parameter)
+    return {where: copies for where, copies in found.items() if copies}
+
+
+def _bucket(group: dist.ProcessGroup | None, weights: list[list[nn.Parameter]]) -> _Bucket:
+    first = weights[0][0]
+    sizes = [copies[0].numel() for copies in weights]
+    flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+    totals = [part.view(copies[0].shape) for part, copies in zip(flat.split(sizes), weights, strict=True)]
+    return _Bucket(group, flat, [_Weight(copies, total) for copies, total in zip(weights, totals, strict=True)])
