@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +65,16 @@ def test_to_dict_is_json_and_comes_back_equal() -> None:
         }
     )
     assert load_config(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_what_only_python_can_give_is_described() -> None:
+    sampling = {"strategy": "stratified", "labels": np.zeros(3, dtype=np.int64), "transforms": [str.upper, "pad"]}
+    stored = load_config({**BASE, "sampling": sampling}).to_dict()
+    assert json.loads(json.dumps(stored))["sampling"] == {
+        "strategy": "stratified",
+        "labels": "ndarray of int64[3]",
+        "transforms": ["str.upper", "pad"],
+    }
 
 
 def test_values_do_not_change_after_loading() -> None:
@@ -141,6 +152,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["precision=float23"], "did you mean 'float32'"),
     (["deadline_s=0"], "deadline_s"),
     (["sampling.batch_size=3"], r"sampling: batch_size is set by the run from train\.global_batch_size"),
+    (["sampling.stratgy=random"], r"sampling: DataSampler: stratgy: unknown key .* did you mean 'strategy'"),
+    (["sampling.strategy=curriculum"], "strategy 'curriculum' needs curriculum"),
     (["random_ltd={min_tokens: 9, steps: 5}", "data.sequence_length=8"], r"min_tokens=9 is more than .* length 8"),
     (["random_ltd={min_tokens: 9, max_tokens: 8, steps: 5}"], "min_tokens=9 is more than max_tokens=8"),
     (["random_ltd={min_tokens: 1, steps: 5, layers: [4]}", "model.num_layers=4"], r"blocks are numbered 0\.\.3"),

@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 from pydantic import Field, field_validator, model_validator
 
 from penstock.data_pipeline.configuration import apply_overrides, read_mapping, validate_config
+from penstock.data_pipeline.data_sampling.config import SamplingConfig
 from penstock.runtime.config_sections import (
     CompressionSection,
     DataParallelSection,
@@ -81,6 +82,7 @@ class TrainConfig(Section):
         for key, owner in _SAMPLER_KEYS_OF_THE_RUN.items():
             if key in value:
                 raise ValueError(f"{key} is set by the run from {owner}; remove it here")
+        validate_config(SamplingConfig, value, "DataSampler")
         return value
 
     @model_validator(mode="after")
@@ -136,8 +138,12 @@ class TrainConfig(Section):
         return size // (micro * replicas)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a JSON value; ``TrainConfig.model_validate`` of it gives an equal one."""
-        return self.model_dump(mode="json")
+        """The configuration as a JSON value, which :func:`load_config` turns into an equal one.
+
+        What only Python can give (arrays of labels, functions as transforms) appears by a description.
+        """
+        described: dict[str, Any] = _describe(self.model_dump())
+        return described
 
     def _check_batches(self) -> None:
         if self.data_parallel.replicas is not None:
@@ -193,6 +199,18 @@ class TrainConfig(Section):
                 )
         if self.model is not None:
             section.layer_ids(self.model.num_layers)
+
+
+def _describe(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _describe(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_describe(entry) for entry in value]
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of {value.dtype}{list(value.shape)}"
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def check_world(config: TrainConfig, world_size: int) -> int:
