@@ -80,7 +80,7 @@ def test_training_is_bitwise_a_plain_loop(accumulation: int, clip: float | None,
 
 
 def test_evaluation_changes_nothing_and_uses_the_evaluation_mode() -> None:
-    model = make_mlp(dropout=0.5)
+    model: Any = make_mlp(dropout=0.5)
     model[1].eval()  # a user's frozen batch norm
     before, modes = _bits(model), [module.training for module in model.modules()]
     results = execute_data_pipeline(model, _loader(), {"mode": "eval", "loss_fn": "mse"})
@@ -202,7 +202,7 @@ def test_the_sampler_hears_what_was_trained_on_and_each_epoch_is_announced() -> 
             self.epochs.append(epoch)
 
     sampler = Sampler()
-    loader: DataLoader[Any] = DataLoader(make_points(6), batch_sampler=sampler)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(make_points(6), batch_sampler=sampler)
     execute_data_pipeline(make_mlp(), loader, {"mode": "eval", "loss_fn": "mse", "epochs": 2})
     assert (sampler.trained, sampler.epochs) == ([], [0, 1])
     config = {"optimizer": "sgd", "loss_fn": "mse", "gradient_accumulation_steps": 2}

@@ -145,6 +145,7 @@ def test_a_torch_stream_is_left_as_it_is() -> None:
         ({"data_loader_params": {"sampler": SequentialSampler([0]), "shuffle": True}}, "shuffle must be left out"),
         ({"data_loader_params": {"batch_size": 2}, "sampling": {}}, "batch_size. and sampling both decide"),
         ({"data_loader_params": {"collate_fn": list}, "collate": "default"}, "both say how to collate"),
+        ({"data_loader_params": {"generator": torch.Generator()}, "seed": 1}, "where randomness comes from"),
         ({"collate": "token"}, "did you mean 'tokens'"),
         ({"collate": {"name": "tokens", "pad": 3}}, "did you mean 'pad_token'"),
         ({"transform": "no_such"}, "unknown transform 'no_such'"),

@@ -121,20 +121,26 @@ def test_models_by_name_and_by_path(tmp_path: Path) -> None:
 
 
 def test_data_from_a_factory_and_an_engine_as_the_model() -> None:
-    config = {
+    config: dict[str, Any] = {
         "logging": {"level": "error"},
         "data": {"dataset": {"name": "support.loop_models:make_numbers", "count": 8}},
         "model": {"name": "support.loop_models:CountingEngine", "args": {"micro_batches": 4}},
         "training": {"mode": "eval"},
     }
     assert [result["loss"] for result in run_pipeline(config)] == [1.5, 5.5]
+    with pytest.raises(ValueError, match="its own device"):
+        run_pipeline(config | {"globals": {"device": "cpu"}})
+    with pytest.raises(ValueError, match="its own checkpoints"):
+        run_pipeline(config | {"training": {"mode": "train"}, "results": {"weights": "w.safetensors"}})
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         ({}, "data: required"),
-        ({"results": {"weights": "x"}, "training": {"mode": "eval"}}, "results.weights has no meaning"),
+        ({"results": {"path": "out.csv"}}, "must end in .jsonl or .json"),
+        ({"results": {"weights": "out.pt"}}, "must end in .safetensors"),
+        ({"results": {"weights": "x.safetensors"}, "training": {"mode": "eval"}}, "results.weights has no meaning"),
         ({"globals": {"seed": -1}}, "globals.seed"),
         ({"logging": {"level": "loud"}}, "logging.level"),
         ({"components": {"modle": {"a": "torch.nn:Linear"}}}, "did you mean 'model'"),

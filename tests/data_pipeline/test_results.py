@@ -52,6 +52,7 @@ class _Tied(nn.Module):
         self.embedding = nn.Embedding(5, width)
         self.head = nn.Linear(width, 5, bias=False)
         self.head.weight = self.embedding.weight
+        self.count: torch.Tensor
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
 

@@ -18,7 +18,7 @@ def test_the_mode_holds_inside_and_comes_back_after_an_error() -> None:
     with set_model_mode(model, "train"), torch.no_grad():
         assert model[1].training
     for mode in ("eval", "predict"):
-        with contextlib.suppress(KeyError), set_model_mode(model, mode):  # type: ignore[arg-type]
+        with contextlib.suppress(KeyError), set_model_mode(model, mode):
             assert not model.training
             assert not torch.is_grad_enabled()
             raise KeyError

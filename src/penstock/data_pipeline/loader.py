@@ -170,7 +170,9 @@ def create_data_loader(dataset: Any, config: LoaderConfig | Mapping[str, Any] | 
         parameters["collate_fn"] = _collate(processed, settings.collate)
     if sampler is not None and sampler.config.transforms:
         parameters["collate_fn"] = PreprocessedCollate(sampler.preprocess_data, parameters["collate_fn"])
-    if settings.seed is not None and "generator" not in parameters:
+    if settings.seed is not None:
+        if "generator" in parameters:
+            raise ValueError("seed and data_loader_params.generator both say where randomness comes from; keep one")
         parameters["generator"] = torch.Generator().manual_seed(settings.seed)
     try:
         return DataLoader(processed, **parameters)

@@ -97,19 +97,27 @@ def run_pipeline(config: PipelineConfig | Mapping[str, Any]) -> list[Result]:
     prepared = initialize_module(config)
     checked = prepared.config
     model = initialize_model(checked.model)
+    training = checked.training
+    if isinstance(model, BatchEngine):
+        _check_for_engine(checked)
+    elif training.device is None:
+        training = training.model_copy(update={"device": prepared.device})
     fields = {name: getattr(checked.data, name) for name in checked.data.model_fields_set - {"dataset"}}
     loader_config = validate_config(LoaderConfig, {"seed": checked.globals.seed} | fields, "data")
     loader = create_data_loader(initialize_dataset(checked.data), loader_config)
-    training = checked.training
-    if training.device is None and isinstance(model, nn.Module) and not isinstance(model, BatchEngine):
-        training = training.model_copy(update={"device": prepared.device})
     results = execute_data_pipeline(model, loader, training)
     if checked.results.path is not None:
         process_and_save_results(results, checked.results.path)
         prepared.logger.info("%d results in %s", len(results), checked.results.path)
     if checked.results.weights is not None:
-        if not isinstance(model, nn.Module):
-            raise ValueError("results.weights: an engine saves its own checkpoints")
+        assert isinstance(model, nn.Module)  # checked above
         save_weights(model, checked.results.weights)
         prepared.logger.info("weights in %s", checked.results.weights)
     return results
+
+
+def _check_for_engine(config: PipelineConfig) -> None:
+    if config.results.weights is not None:
+        raise ValueError("results.weights: an engine saves its own checkpoints; remove it")
+    if "device" in config.globals.model_fields_set:
+        raise ValueError("globals.device: an engine has its own device; set it where the engine is made")

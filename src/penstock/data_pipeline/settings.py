@@ -163,6 +163,17 @@ class ResultsSection(_Section):
     path: str | None = None
     weights: str | None = None
 
+    @model_validator(mode="after")
+    def _check_suffixes(self) -> Self:
+        # Now, not when the training is over.
+        for name, value, suffixes in (
+            ("path", self.path, (".jsonl", ".json")),
+            ("weights", self.weights, (".safetensors",)),
+        ):
+            if value is not None and not value.endswith(suffixes):
+                raise ValueError(f"{name}={value!r} must end in {' or '.join(suffixes)}")
+        return self
+
 
 class PipelineConfig(_Section):
     """Everything that ``python -m penstock.data_pipeline CONFIG`` needs.

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ _rows = st.lists(st.lists(st.integers(0, 60_000), min_size=2, max_size=12), min_
 def test_inputs_and_labels_are_the_row_shifted_and_padded(
     rows: list[list[int]], multiple_of: int, length: int | None, form: str
 ) -> None:
-    make = {"list": list, "array": lambda row: np.array(row, dtype=np.uint16), "tensor": torch.tensor}[form]
+    make: Any = {"list": list, "array": lambda row: np.array(row, dtype=np.uint16), "tensor": torch.tensor}[form]
     inputs, labels = TokenCollator(pad_token=7, length=length, multiple_of=multiple_of)([make(row) for row in rows])
     width = (max(len(row) for row in rows) - 1) if length is None else length
     width += -width % multiple_of

@@ -1,6 +1,7 @@
 """One column of a Parquet, Arrow or JSON-lines table as a map-style dataset."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,6 +67,9 @@ class TableColumn:
             values, offsets = self._flat[chunk]
             return values[offsets[row] : offsets[row + 1]]
         return self._chunks[chunk][row].as_py()
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[row] for row in range(len(self)))
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """Fixed windows over a corpus laid end to end: what a language model is trained on."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,9 @@ class TokenWindows:
             raise IndexError(f"window {index} of {len(self)}")
         window: TokenArray = self._windows_NT[index]
         return window
+
+    def __iter__(self) -> Iterator[TokenArray]:
+        return iter(self._windows_NT)
 
     def batch(self, indices: npt.ArrayLike) -> TokenArray:
         """Several windows at once: a fresh array ``(number of indices, length + 1)`` in the corpus's dtype."""
