@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.compression import create_compression_algorithm
 from penstock.compression.algorithms import OneBit
+from penstock.compression.algorithms.onebit import _pack_by_torch, _unpack_by_torch
 from support.compression_reference import sent_by_onebit
 
 
@@ -28,7 +29,7 @@ def test_a_receiver_sees_the_sign_times_the_blocks_scale(numel, block, scale, dt
     np.testing.assert_allclose(seen(OneBit(block_size=block, scale=scale), x).double().numpy(), expected, rtol=3e-7)
 
 
-@pytest.mark.parametrize("numel", [(1 << 16) - 1, (1 << 16) + 9, 3 * (1 << 16) + 1025])
+@pytest.mark.parametrize("numel", [(1 << 18) - 1, (1 << 18) + 9, 2 * (1 << 18) + 1025])
 def test_tiles_make_no_difference(numel: int) -> None:
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(seen(OneBit(), x).numpy(), sent_by_onebit(x.double().numpy()), rtol=3e-7)
@@ -46,6 +47,18 @@ def test_what_is_sent_and_what_is_left_add_up(numel: int, seed: int) -> None:
     assert torch.equal(left, x - sent)
     assert torch.equal(payload["signs"], OneBit().compress(x)["signs"])
     assert torch.equal(payload["scales"], OneBit().compress(x)["scales"])
+
+
+@given(numel=st.integers(1, 100), seed=st.integers(0, 100), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_torchs_bits_are_numpys(numel: int, seed: int, dtype: torch.dtype) -> None:
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    x[0] = -0.0
+    packed = torch.empty(-(-numel // 8), dtype=torch.uint8)
+    _pack_by_torch(x, packed)
+    assert torch.equal(packed, OneBit().compress(x)["signs"])
+    signs = torch.empty(8 * packed.numel(), dtype=dtype)
+    _unpack_by_torch(packed, signs)
+    assert torch.equal(signs[:numel], torch.where(torch.signbit(x), -1.0, 1.0).to(dtype))
 
 
 def test_the_sign_is_the_sign_bit() -> None:

@@ -18,7 +18,7 @@ from penstock.compression.algorithm import CompressionAlgorithm, Payload, Payloa
 
 # Elements handled at a time on the CPU: the working set stays in the second-level cache, so that the several
 # operations below cost about one pass over memory.
-_TILE: Final = 1 << 16
+_TILE: Final = 1 << 18
 
 _BYTE_SIGNS: Final = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(
     np.int8
@@ -76,9 +76,10 @@ class OneBit(CompressionAlgorithm):
             return out.copy_(self.decompress(payload, torch.empty_like(out, dtype=torch.float32)))
         flat, scales, packed = out.view(-1), payload["scales"].to(out.dtype), payload["signs"]
         step = self._step(flat)
+        scratch = _scratch_for(flat, step)
         for start in range(0, flat.numel(), step):
             tile = flat[start : start + step]
-            signs = _unpack(packed[start // 8 : -(-(start + tile.numel()) // 8)], tile.dtype)[: tile.numel()]
+            signs = _unpack(packed[start // 8 : -(-(start + tile.numel()) // 8)], scratch)[: tile.numel()]
             first = start // self.block_size
             for part, sign, scale in self._blocks(tile, signs, scales[first:]):
                 torch.mul(sign, scale, out=part)
@@ -89,16 +90,17 @@ class OneBit(CompressionAlgorithm):
         scales = torch.empty(scale_field.shape, dtype=scale_field.dtype, device=flat.device)
         packed = torch.empty(sign_field.shape, dtype=sign_field.dtype, device=flat.device)
         step = self._step(flat)
+        scratch = _scratch_for(flat, step)
         for start in range(0, flat.numel(), step):
             tile = flat[start : start + step]
             tile_packed = packed[start // 8 : -(-(start + tile.numel()) // 8)]
             first = start // self.block_size
             tile_scales = scales[first : first + -(-tile.numel() // self.block_size)]
-            for part, _, scale in self._blocks(tile, tile, tile_scales):
-                scale.copy_(self._scale_of(part))
+            for part, room, scale in self._blocks(tile, scratch[: tile.numel()], tile_scales):
+                scale.copy_(self._scale_of(part, room))
             _pack(tile, tile_packed)
             if leave_residual:
-                signs = _unpack(tile_packed, tile.dtype)[: tile.numel()]
+                signs = _unpack(tile_packed, scratch)[: tile.numel()]
                 for part, sign, scale in self._blocks(tile, signs, tile_scales.to(tile.dtype)):
                     part.addcmul_(sign, scale, value=-1.0)
                 # Only a GPU does this always: looking first would wait for it.
@@ -110,11 +112,11 @@ class OneBit(CompressionAlgorithm):
         """How many elements to handle at a time: a tile on the CPU, everything elsewhere."""
         return self._tile if flat.device.type == "cpu" else max(1, flat.numel())
 
-    def _scale_of(self, blocks: Tensor) -> Tensor:
-        """``[rows, block]`` to ``[rows, 1]``."""
+    def _scale_of(self, blocks: Tensor, room: Tensor) -> Tensor:
+        """``[rows, block]`` to ``[rows, 1]``; ``room`` is overwritten."""
         if self.scale == "l1":
-            return blocks.abs().mean(dim=1, keepdim=True)
-        return blocks.square().mean(dim=1, keepdim=True).sqrt_()
+            return torch.abs(blocks, out=room).mean(dim=1, keepdim=True)
+        return torch.mul(blocks, blocks, out=room).mean(dim=1, keepdim=True).sqrt_()
 
     def _blocks(self, tile: Tensor, other: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Cut two tiles into ``[rows, block]`` views beside their ``[rows, 1]`` scales: whole blocks, then the rest."""
@@ -140,14 +142,31 @@ def _pack(tile: Tensor, out: Tensor) -> None:
     if tile.device.type == "cpu":
         negative = np.signbit(tile.numpy())
         out.copy_(torch.from_numpy(np.packbits(negative, bitorder="little")))
-        return
+    else:
+        _pack_by_torch(tile, out)
+
+
+def _pack_by_torch(tile: Tensor, out: Tensor) -> None:
     bits = torch.nn.functional.pad(torch.signbit(tile).to(torch.uint8), (0, -tile.numel() % 8)).view(-1, 8)
     torch.sum(bits << torch.arange(8, dtype=torch.uint8, device=tile.device), dim=1, dtype=torch.uint8, out=out)
 
 
-def _unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """The signs, +1 or -1, eight for each byte of ``packed``."""
-    table = _SIGN_TABLES[dtype]
+def _scratch_for(flat: Tensor, step: int) -> Tensor:
+    """Room for one tile in whole bytes of signs, used for all tiles: fresh memory is slower than the arithmetic."""
+    return torch.empty(-(-min(step, flat.numel()) // 8) * 8, dtype=flat.dtype, device=flat.device)
+
+
+def _unpack(packed: Tensor, scratch: Tensor) -> Tensor:
+    """The signs, +1 or -1, eight for each byte of ``packed``, at the start of ``scratch``."""
+    signs = scratch[: 8 * packed.numel()]
     if packed.device.type == "cpu":
-        return torch.from_numpy(np.take(table, packed.numpy(), axis=0).reshape(-1))
-    return torch.from_numpy(table).to(packed.device)[packed.int()].view(-1)
+        # "clip" lets numpy write to ``out`` directly; a byte is never out of range.
+        np.take(_SIGN_TABLES[signs.dtype], packed.numpy(), axis=0, out=signs.numpy().reshape(-1, 8), mode="clip")
+    else:
+        _unpack_by_torch(packed, signs)
+    return signs
+
+
+def _unpack_by_torch(packed: Tensor, signs: Tensor) -> None:
+    table = _SIGN_TABLES[signs.dtype]
+    torch.index_select(torch.from_numpy(table).to(packed.device), 0, packed.int(), out=signs.view(-1, 8))
