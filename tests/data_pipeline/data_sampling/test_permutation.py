@@ -47,3 +47,42 @@ def test_large_sizes_reach_everywhere() -> None:
     assert len(set(placed.tolist())) == 1000
     assert placed.min() < size // 100
     assert placed.max() > size // 100 * 99
+
+
+def permute_one(index: int, size: int, key: int) -> int:
+    """The network written down anew with Python's integers: stored runs resume only if it never changes."""
+    mask64 = 2**64 - 1
+    bits = (size - 1).bit_length()
+    low_bits = bits // 2
+
+    def scramble(half: int, number: int) -> int:
+        x = (half * 0x9E3779B97F4A7C15 + (key ^ (number * 0xD1B54A32D192ED03 & mask64))) & mask64
+        x = (x ^ x >> 32) * 0xBF58476D1CE4E5B9 & mask64
+        return x >> 32
+
+    x = index
+    while True:
+        low, high = x % 2**low_bits, x >> low_bits
+        for number in range(8):
+            if number % 2 == 0:
+                low ^= scramble(high, number) % 2**low_bits
+            else:
+                high ^= scramble(low, number) % 2 ** (bits - low_bits)
+        x = high << low_bits | low
+        if x < size:
+            return (x + key) % size
+
+
+@given(st.integers(1, 2**62), st.integers(0, 2**64 - 1), st.data())
+def test_against_plain_integers(size: int, key: int, data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, size - 1))
+    assert permute(np.array([index]), size, key).tolist() == [permute_one(index, size, key)]
+
+
+def test_places_are_even_for_few_elements_too() -> None:
+    keys = random_words(derive("few"), np.arange(20_000))
+    for size in (3, 5, 6, 7):
+        for index in range(size):
+            counts = np.bincount(permute(np.full(len(keys), index), size, keys), minlength=size)
+            expected = len(keys) / size
+            assert ((counts - expected) ** 2 / expected).sum() < 30  # 6 degrees of freedom at most

@@ -11,10 +11,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from penstock._core.keys import mix
-
-_ROUNDS: Final = 6
+_ROUNDS: Final = 8
 _SPREAD: Final = np.uint64(0x9E3779B97F4A7C15)
+_SPREAD_AGAIN: Final = np.uint64(0xBF58476D1CE4E5B9)
+_HALF: Final = np.uint64(32)
 _ROUND_STEP: Final = 0xD1B54A32D192ED03
 _ONE: Final = np.uint64(1)
 
@@ -43,6 +43,9 @@ def permute(index: npt.NDArray[np.int64], size: npt.ArrayLike, key: npt.ArrayLik
         x[outside] = walked
         left = np.flatnonzero(walked >= network.sizes)
         outside, network = outside[left], network.at(left)
+    # A network of few bits favours some places (by up to 7 % at five elements); turning the circle evens them out.
+    x += keys % sizes
+    np.subtract(x, sizes, out=x, where=x >= sizes)
     return x.astype(np.int64)
 
 
@@ -70,16 +73,21 @@ class _Network:
         for number in range(_ROUNDS):
             round_key = self.keys ^ np.uint64((number * _ROUND_STEP) & 0xFFFFFFFFFFFFFFFF)
             if number % 2 == 0:
-                low = low ^ (_scramble(high, round_key) & self.low_mask)
+                low ^= _scramble(high, round_key) & self.low_mask
             else:
-                high = high ^ (_scramble(low, round_key) & self.high_mask)
+                high ^= _scramble(low, round_key) & self.high_mask
         result: U64 = (high << self.low_bits) | low
         return result
 
 
 def _scramble(half: U64, round_key: Any) -> U64:
-    # The top bits of the product of mixing are the best; the masks take low bits, so the mixer's last shift counts.
-    return mix(half * _SPREAD + round_key)
+    """32 bits that depend on all bits of the half and of the key: the upper halves of two products in turn."""
+    x = half * _SPREAD
+    x += round_key
+    x ^= x >> _HALF
+    x *= _SPREAD_AGAIN
+    x >>= _HALF
+    return x
 
 
 def _bit_length(x: U64) -> U64:
