@@ -158,5 +158,11 @@ def test_the_table_shows_spent_beside_plain() -> None:
     assert [cell.strip() for cell in lines["bubble, of all steps' time"]] == ["25.0 %", "", ""]
 
 
+def test_what_costs_more_than_the_plain_run_is_said_to() -> None:
+    ledger = Ledger(plain_bubble=0.2)
+    ledger.count_step(2.0, 0.5)
+    assert "20.0 % │ 25.0 % more" in text_of(ledger.state_dict())
+
+
 def test_an_empty_ledger_renders() -> None:
     assert "optimizer steps" in text_of(Ledger().state_dict())

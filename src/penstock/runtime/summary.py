@@ -104,5 +104,7 @@ def _saving(line: Mapping[str, Any]) -> str:
     saved, spent, plain = line["saved"], line["spent"], line["plain"]
     if saved is None:
         return ""
+    if saved < 0:
+        return f"{percent(-saved)} more"
     times = f" ({plain / spent:.1f}x fewer)" if spent and plain / spent >= 2 else ""
     return percent(saved) + times
