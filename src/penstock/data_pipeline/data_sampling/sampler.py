@@ -64,6 +64,8 @@ class DataSampler(Sampler[list[int]]):
         self._consumed = 0
         self._batches = 0
         self._fingerprint: str | None = None
+        # In a small pool a chunk would run through many epochs that nobody asked for.
+        self._chunk_size = min(_CHUNK, max(self.config.batch_size, self.epoch_size))
         self._chunk: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
 
     # The three steps of the pipeline
@@ -135,24 +137,25 @@ class DataSampler(Sampler[list[int]]):
         low, high = int(flat.min()), int(flat.max())
         if low < 0:
             raise ValueError(f"positions count from 0, got {low}")
-        if high // _CHUNK - low // _CHUNK > 1 or high >= self.num_samples:
+        size = self._chunk_size
+        first, last = low // size, high // size
+        if last - first > 1:
             return self._order(flat).reshape(positions.shape)
         # Batches are asked for one after another: whole chunks are worked out at once and the last one is kept, since
         # a small call costs hardly less than one of a few thousand positions.
-        first = low // _CHUNK
-        if high // _CHUNK == first:
-            return self._chunk_at(first)[flat - first * _CHUNK].reshape(positions.shape)
-        beyond = flat >= (first + 1) * _CHUNK
+        if first == last:
+            return self._chunk_at(first)[flat - first * size].reshape(positions.shape)
+        beyond = flat >= last * size
         result = np.empty(len(flat), dtype=np.int64)
-        result[~beyond] = self._chunk_at(first)[flat[~beyond] - first * _CHUNK]
-        result[beyond] = self._chunk_at(first + 1)[flat[beyond] - (first + 1) * _CHUNK]
+        result[~beyond] = self._chunk_at(first)[flat[~beyond] - first * size]
+        result[beyond] = self._chunk_at(last)[flat[beyond] - last * size]
         return result.reshape(positions.shape)
 
     def _chunk_at(self, number: int) -> IntArray:
         known, samples = self._chunk  # read once: another thread may put another chunk in its place
         if known != number:
-            start = number * _CHUNK
-            samples = self._order(np.arange(start, min(start + _CHUNK, self.num_samples), dtype=np.int64))
+            start = number * self._chunk_size
+            samples = self._order(np.arange(start, start + self._chunk_size, dtype=np.int64))
             self._chunk = (number, samples)
         return samples
 
