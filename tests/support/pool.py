@@ -192,7 +192,7 @@ def run_fresh(
     world_size: int,
     *args: Any,
     deadline_s: float = 60.0,
-    kill: dict[int, float] | None = None,
+    kill: dict[int, float | Callable[[], bool]] | None = None,
     env: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Ended]:
@@ -203,7 +203,7 @@ def run_fresh(
         world_size: How many ranks.
         args: Arguments for ``fn``.
         deadline_s: A process still alive after this many seconds fails the test (and is killed).
-        kill: ``{rank: seconds}`` sends SIGKILL to a rank that long after the start.
+        kill: ``{rank: when}`` sends SIGKILL to a rank, so many seconds after the start or once ``when()`` is true.
         env: Extra environment variables.
         kwargs: Keyword arguments for ``fn``.
     """
@@ -244,7 +244,8 @@ def run_fresh(
         while len(ended) < world_size:
             now = time.monotonic() - start
             for rank, process in enumerate(processes):
-                if rank in to_kill and now >= to_kill[rank]:
+                when = to_kill.get(rank)
+                if when is not None and (when() if callable(when) else now >= when):
                     del to_kill[rank]
                     with contextlib.suppress(ProcessLookupError):
                         process.send_signal(signal.SIGKILL)
@@ -255,7 +256,7 @@ def run_fresh(
                     process.kill()
                     process.wait()
                     ended[rank] = now
-            time.sleep(0.02)
+            time.sleep(0.005)
         results = [
             Ended(rank, processes[rank].returncode, out.read_text(), err.read_text(), ended[rank])
             for rank, (out, err) in enumerate(logs)

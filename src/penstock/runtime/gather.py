@@ -25,12 +25,12 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None, meter: Me
     ranks = dist.get_world_size(group)
     data = torch.frombuffer(bytearray(json.dumps(value, allow_nan=False).encode()), dtype=torch.uint8).to(device)
     sizes = torch.zeros(ranks, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([data.numel()], device=device), group=group)
+    dist.all_gather_single(sizes, torch.tensor([data.numel()], device=device), group=group)
     width = int(sizes.max())
     padded = torch.zeros(width, dtype=torch.uint8, device=device)
     padded[: data.numel()] = data
     everyone = torch.empty(ranks * width, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(everyone, padded, group=group)
+    dist.all_gather_single(everyone, padded, group=group)
     if meter is not None:
         meter.all_gather(CONTROL, width + sizes.element_size(), ranks)
     rows = everyone.view(ranks, width).cpu()
