@@ -19,19 +19,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from penstock._core.batch_key import BatchKey
-from penstock._core.meter import CONTROL, Meter
+from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange
 from penstock._core.waiting import Watcher
 from penstock.pipe.agreement import agree
 from penstock.pipe.broadcast import broadcast_value
-from penstock.pipe.facts import engine_facts
+from penstock.pipe.facts import check_fit, engine_facts
 from penstock.pipe.frame import Address
 from penstock.pipe.groups import PipeGroups
 from penstock.pipe.loss import LossFn, loss_of
+from penstock.pipe.mean import PendingMean
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.program import Program
 from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
@@ -84,7 +84,7 @@ class PipelineEngine:
             raise ValueError("an engine needs at least one stage")
         if isinstance(schedule, str):
             schedule = get_schedule(schedule, local[0].num_stages, micro_batches)
-        _check_fit(local, schedule, micro_batches, groups)
+        check_fit(local, schedule, micro_batches, groups)
         # A stage runs at most this far ahead of its neighbour under 1F1B; with more room GPipe only fills memory.
         window = max(4, schedule.num_stages + 1)
         validate(schedule, capacity=window)
@@ -133,14 +133,14 @@ class PipelineEngine:
             weight = 1.0 / (self.micro_batches * self.groups.num_replicas)
             self.exchange.begin_step(lambda: weight)
             self._run(self._program, state)
-            total = self._start_mean(state.losses, tally)
+            mean = self._mean_of(state.losses, tally)
             self._tied.sum()
             self.exchange.ready(self._tied.parameters)
             # The exchange meters its own waits: only it knows what part of this is waiting.
             with self.watcher.waiting("exchange of gradients"):
                 self.exchange.finish()
             self._transport.drain()
-            loss, tallied = self._finish_mean(total)
+            loss, tallied = mean.wait()
         spent = {name: seconds - before.get(name, 0.0) for name, seconds in self.meter.seconds.items()}
         return StepResult(
             loss=loss,
@@ -161,9 +161,9 @@ class PipelineEngine:
         with self._failures_reported(state), self._evaluating():
             self._prepare(len(batches))
             self._run(self._forward_program(len(batches)), state)
-            total = self._start_mean(state.losses)
+            mean = self._mean_of(state.losses)
             self._transport.drain()
-            return self._finish_mean(total)[0]
+            return mean.wait()[0]
 
     def predict_step(
         self, batches: Sequence[MicroBatch], *, step: int = 0, broadcast: bool = False
@@ -317,24 +317,8 @@ class PipelineEngine:
         tensors = [tensor.detach() for tensor in value.tensors]
         state.mailbox[direction, to, micro_batch] = Received(value.structure, tensors, wants, value.positions)
 
-    def _start_mean(self, losses: Sequence[Tensor], tally: float = 0.0) -> tuple[Tensor, dist.Work | None]:
-        """Start summing losses, their number and a tally; ranks without the last stage add no losses."""
-        total = torch.zeros(3, dtype=torch.float64)
-        total[2] = tally
-        if losses:
-            total[0] = torch.stack(list(losses)).double().sum()
-            total[1] = len(losses)
-        if self.groups.control is None:
-            return total, None
-        self.meter.all_reduce(CONTROL, total.nbytes, self.groups.topology.world_size())
-        return total, dist.all_reduce(total, group=self.groups.control, async_op=True)
-
-    def _finish_mean(self, pending: tuple[Tensor, dist.Work | None]) -> tuple[float, float]:
-        total, work = pending
-        if work is not None:
-            with self.meter.timed("wait_loss"), self.watcher.waiting("mean loss"):
-                work.wait()
-        return float(total[0] / total[1]), float(total[2])
+    def _mean_of(self, losses: Sequence[Tensor], tally: float = 0.0) -> PendingMean:
+        return PendingMean(losses, tally, group=self.groups.control, watcher=self.watcher, meter=self.meter)
 
     @contextmanager
     def _failures_reported(self, state: StepState) -> Iterator[None]:
@@ -362,25 +346,3 @@ class PipelineEngine:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def _check_fit(stages: Sequence[Stage], schedule: Schedule, micro_batches: int, groups: PipeGroups) -> None:
-    if schedule.micro_batches != micro_batches:
-        raise ValueError(
-            f"schedule {schedule.name!r} is for {schedule.micro_batches} micro-batches, "
-            f"but the engine was given micro_batches={micro_batches}"
-        )
-    if schedule.num_ranks != groups.num_pipe_ranks:
-        raise ValueError(
-            f"schedule {schedule.name!r} is for {schedule.num_ranks} pipeline ranks, "
-            f"but the topology's pipe axis has {groups.num_pipe_ranks}"
-        )
-    held = tuple(stage.index for stage in stages)
-    placed = schedule.stages_of(groups.pipe_rank)
-    if held != placed or any(stage.num_stages != schedule.num_stages for stage in stages):
-        raise ValueError(
-            f"schedule {schedule.name!r} of {schedule.num_stages} stages places stages {list(placed)} on pipeline rank "
-            f"{groups.pipe_rank}, but it was given stages {list(held)} of {stages[0].num_stages}"
-        )
-    if schedule.forward_only:
-        raise ValueError(f"schedule {schedule.name!r} only runs forward; training needs one such as '1f1b'")

@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline must agree on before their first step."""
+"""What must fit together before the first step: on one rank, and between ranks."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from penstock._version import __version__
+from penstock.pipe.groups import PipeGroups
 from penstock.pipe.schedule import Schedule
 from penstock.pipe.stage import Stage
 
@@ -38,6 +39,29 @@ def engine_facts(stages: Sequence[Stage], schedule: Schedule, micro_batches: int
                 for name, parameter in sorted(named, key=lambda p: p[0])
             ]
     return facts
+
+
+def check_fit(stages: Sequence[Stage], schedule: Schedule, micro_batches: int, groups: PipeGroups) -> None:
+    """Refuse stages, a schedule and a topology that do not fit together, with a ValueError that says why."""
+    if schedule.micro_batches != micro_batches:
+        raise ValueError(
+            f"schedule {schedule.name!r} is for {schedule.micro_batches} micro-batches, "
+            f"but the engine was given micro_batches={micro_batches}"
+        )
+    if schedule.num_ranks != groups.num_pipe_ranks:
+        raise ValueError(
+            f"schedule {schedule.name!r} is for {schedule.num_ranks} pipeline ranks, "
+            f"but the topology's pipe axis has {groups.num_pipe_ranks}"
+        )
+    held = tuple(stage.index for stage in stages)
+    placed = schedule.stages_of(groups.pipe_rank)
+    if held != placed or any(stage.num_stages != schedule.num_stages for stage in stages):
+        raise ValueError(
+            f"schedule {schedule.name!r} of {schedule.num_stages} stages places stages {list(placed)} on pipeline rank "
+            f"{groups.pipe_rank}, but it was given stages {list(held)} of {stages[0].num_stages}"
+        )
+    if schedule.forward_only:
+        raise ValueError(f"schedule {schedule.name!r} only runs forward; training needs one such as '1f1b'")
 
 
 def _parameters(stage: Stage) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +48,7 @@ class FrameError(ValueError):
     """A frame is not what its receiver expected: damaged, or of another step, micro-batch or direction."""
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """What a frame carries, for which stage.
 
     Attributes:
@@ -69,8 +68,7 @@ class Address:
         return f"{kind} for stage {self.stage}, step {self.step}, micro-batch {self.micro_batch}"
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """The fixed part of a frame.
 
     Attributes:

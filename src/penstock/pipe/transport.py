@@ -16,7 +16,6 @@ learn a size; the tensors follow as one payload over NCCL.
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch
@@ -62,8 +61,7 @@ class Route(NamedTuple):
     device: torch.device = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     """A value as it arrived.
 
     Attributes:
