@@ -130,6 +130,19 @@ def test_an_element_without_any_variance_only_decays() -> None:
     torch.testing.assert_close(p.detach(), torch.full((10,), 0.95**2))
 
 
+def test_a_frozen_parameter_is_left_alone_until_it_is_thawed() -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4), requires_grad=False)
+    optimizer = OneBitAdam([p, q], lr=0.1, weight_decay=0.5)
+    p.grad = torch.ones(4)
+    optimizer.step()
+    assert (p < 1).all()
+    assert torch.equal(q, torch.ones(4))
+    q.requires_grad_(True)
+    p.grad = q.grad = torch.ones(4)
+    optimizer.step()
+    assert (q < 1).all()
+
+
 def test_the_rate_of_each_group_can_be_scheduled() -> None:
     a, b = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
     optimizer = OneBitAdam([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.1, freeze_step=1)

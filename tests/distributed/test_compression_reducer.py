@@ -181,6 +181,21 @@ def test_reductions_start_under_the_last_backward_and_only_there(pool: WorkerPoo
     assert pool.run(overlap, 2) == [8 * padded, 8 * padded]
 
 
+def partly_frozen(rank: int, world_size: int) -> list[Any]:
+    model = network()
+    model[2].requires_grad_(False)
+    reducer = Reducer([list(model.named_parameters())], bucket_bytes=1)
+    run_step(model, reducer, rank, 0)
+    frozen = [p.grad is None for p in model[2].parameters()]
+    return [*frozen, model[0].weight.grad]
+
+
+def test_frozen_parameters_are_left_alone(pool: WorkerPool) -> None:
+    for *frozen, gradient in pool.run(partly_frozen, 2):
+        assert frozen == [True, True]
+        torch.testing.assert_close(gradient, expected_gradients(2, 0)[0], rtol=1e-13, atol=1e-15)
+
+
 def megabytes(rank: int, world_size: int, name: str | None) -> int:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))

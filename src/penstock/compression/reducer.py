@@ -24,7 +24,8 @@ class Reducer:
     starts in :meth:`finish`, again in the list's order.
 
     The result is ``sum over replicas of weight * gradient``. The weight is applied before compression, so error
-    memories are in units of the final gradient. A gradient that is None counts as zeros.
+    memories are in units of the final gradient. A gradient that is None counts as zeros; a parameter that does not
+    require one is left alone.
 
     Args:
         parameter_sets: Named parameters in sets; parameters of different sets never share a bucket. Put each tied
@@ -92,7 +93,7 @@ class Reducer:
         self._ask_weight = weight
         self._weight = None
         for slot in self._slots:
-            slot.pending = set(slot.bucket.parameters)
+            slot.pending = {parameter for parameter in slot.bucket.parameters if parameter.requires_grad}
 
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
         """The next gradient accumulated into each of these parameters is its last in this step.
@@ -252,6 +253,8 @@ class _Slot:
     @torch.no_grad()
     def write_back(self) -> None:
         for parameter, view in zip(self.bucket.parameters, self._views, strict=True):
+            if not parameter.requires_grad:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(view)

@@ -157,6 +157,8 @@ class MomentumBucket:
         for parameter, momentum, denominator in zip(
             self.layout.parameters, self._momentum_views, denominators, strict=True
         ):
+            if not parameter.requires_grad:
+                continue
             if shrink != 1.0:
                 parameter.mul_(shrink)
             parameter.addcdiv_(momentum, denominator, value=-step_size)

@@ -33,7 +33,8 @@ class OneBitAdam(Optimizer):
 
     Give every replica the same initial parameters and do *not* average gradients elsewhere: :meth:`step` expects in
     ``.grad`` the replica's own gradient, whose mean over the replicas is the gradient to descend. A parameter without
-    a gradient counts as having zeros, because the other replicas may have one. Parameters stay bitwise equal on all
+    a gradient counts as having zeros, because the other replicas may have one; a parameter that does not require one
+    is left alone. Parameters stay bitwise equal on all
     replicas. With one replica nothing is sent, so nothing is compressed: Adam with a variance that freezes.
 
     The warm-up is bitwise ``torch.optim.AdamW`` (for float32 and float64) on the averaged gradient, with decoupled
