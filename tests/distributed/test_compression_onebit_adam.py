@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from penstock._core.meter import REPLICAS, Meter
@@ -234,3 +235,37 @@ def test_after_warm_up_a_million_parameters_take_a_twenty_eighth_of_the_bytes(po
     for plain, one_bit in pool.run(bytes_by_step, ranks):
         assert plain == 2 * 2 * (ranks - 1) * 4 * 4 * (512 * 512 + 512) // ranks
         assert 28 * one_bit <= plain
+
+
+def bound_to_pairs(rank: int, world_size: int) -> list[Any]:
+    """Two pairs of replicas in one world, as two pipeline stages are: each pair trains by itself."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    meter = Meter()
+    model, alone = odd_model(), odd_model()
+    optimizer, single = OneBitAdam(model.parameters(), freeze_step=2), OneBitAdam(alone.parameters(), freeze_step=2)
+    optimizer.bind_exchange(group=pairs[rank // 2], replicas=2, meter=meter, watcher=None)
+    single.bind_exchange(group=None, replicas=1, meter=None, watcher=None)
+    for step in range(5):
+        backward(model, rank, step)
+        optimizer.step()
+        backward(alone, rank, step)
+        single.step()
+    said = ""
+    try:
+        optimizer.bind_exchange(group=None, replicas=4, meter=None, watcher=None)
+    except ValueError as error:
+        said = str(error)
+    flat = [torch.cat([p.detach().view(-1) for p in m.parameters()]) for m in (model, alone)]
+    return [*flat, meter.sent[REPLICAS], single.error_state(), said]
+
+
+def test_an_engine_says_who_the_replicas_are(pool: WorkerPool) -> None:
+    answers = pool.run(bound_to_pairs, 4)
+    together, alone, sent, memories, said = zip(*answers, strict=True)
+    assert torch.equal(together[0], together[1])
+    assert torch.equal(together[2], together[3])
+    assert not torch.equal(together[0], together[2])
+    assert not torch.equal(alone[0], alone[1])
+    assert min(sent) > 0
+    assert memories == ({},) * 4
+    assert all("before the first step, but 5 were made" in text for text in said)
