@@ -1,0 +1,40 @@
+import pytest
+
+from penstock.pipe.program import Program
+from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
+
+
+def text(program: Program) -> str:
+    return " ".join(str(action) for action, _ in program.steps)
+
+
+def test_the_program_of_a_rank() -> None:
+    program = Program.of(get_schedule("1f1b", 2, 3), 1)
+    assert text(program) == ("1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1 1RECV_F2 1F2 1B2 1SEND_B2")
+    assert program.stages == (1,)
+    assert program.messages == {Channel(0, 1, "F"): 3, Channel(1, 0, "B"): 3}
+    assert program.last_backward == {1: 2}
+
+
+def test_the_last_backward_of_gpipe_is_where_its_order_ends() -> None:
+    schedule = get_schedule("gpipe", 3, 4)
+    for rank in range(3):
+        last = [action for action in schedule.ranks[rank] if action.op == "B"][-1]
+        assert Program.of(schedule, rank).last_backward == {rank: last.micro_batch}
+
+
+def test_forward_only_keeps_the_placement() -> None:
+    ranks = [
+        [Action(0, "F", 0), Action(2, "F", 0), Action(2, "B", 0), Action(0, "B", 0)],
+        [Action(1, "F", 0), Action(1, "B", 0)],
+    ]
+    program = Program.of(Schedule.from_ranks(ranks, "loop"), 0).forward_only(2)
+    assert text(program) == "0F0 0SEND_F0 2RECV_F0 2F0 0F1 0SEND_F1 2RECV_F1 2F1"
+    assert program.stages == (0, 2)
+    assert program.schedule.forward_only
+
+
+def test_split_backward_passes_are_refused() -> None:
+    schedule = Schedule.from_ranks([[Action(0, op, 0) for op in "FIW"]], "split")
+    with pytest.raises(ValueError, match="schedule 'split', rank 0, action 0I0: the engine runs whole backward passes"):
+        Program.of(schedule, 0)
