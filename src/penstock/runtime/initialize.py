@@ -16,6 +16,7 @@ from penstock.compression import LocalGradients, Reducer, create_compression_alg
 from penstock.data_pipeline.data_sampling import DataSampler
 from penstock.data_pipeline.datasets import TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
+from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
 from penstock.pipe.module import PipelineModule
@@ -29,6 +30,7 @@ from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
 from penstock.runtime.optimizers import OptimizerFactory, check_parameters, optimizer_factory, parameter_groups
 from penstock.runtime.plain_model import plain_stage
 from penstock.runtime.process import Process
+from penstock.runtime.run_facts import run_facts
 from penstock.runtime.shared_parameters import SharedParameters
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -83,6 +85,15 @@ def initialize(
     process = Process.join(settings.deadline_s)
     watcher = Watcher(rank=process.rank, deadline_s=settings.deadline_s, store=process.store).start()
     try:
+        if process.store is not None:
+            agree(
+                "the run",
+                run_facts(settings, order),
+                store=process.store,
+                rank=process.rank,
+                world_size=process.world_size,
+                watcher=watcher,
+            )
         meter = Meter()
         topology = PipeDataParallelTopology(num_pp=settings.pipe.stages, num_dp=replicas)
         groups = PipeGroups(
@@ -280,7 +291,8 @@ def _exchange(
     if section.algorithm != "none":
         algorithm = create_compression_algorithm(section.algorithm, section.options)
     return Reducer(
-        [shared.own, shared.shared],
+        # A bucket of its own for each shared weight: its other owners have other neighbours for it.
+        [shared.own, *([pair] for pair in shared.shared)],
         group=groups.replicas,
         algorithm=algorithm,
         error_feedback=section.error_feedback,

@@ -9,11 +9,10 @@ from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_json, rea
 from penstock.data_pipeline.data_sampling.analysis import Analysis
 from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
 from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
-from penstock.runtime.metrics_log import FILE_NAME as METRICS_NAME
 from penstock.runtime.metrics_log import read_metrics
+from penstock.runtime.run_directory import CHECKPOINTS_NAME, METRICS_NAME
 from penstock.runtime.units import quantity
 
-CHECKPOINTS_NAME = "checkpoints"
 _UNDERSTOOD = (
     "what can be inspected: a dataset (PREFIX of .bin/.idx, or one of the two), a .safetensors file, an analysis, "
     "a checkpoint, a run's directory, and any directory sealed with a manifest"

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
 
-FILE_NAME = "metrics.jsonl"
-
 
 class Metrics(NamedTuple):
     """What a metrics file holds.

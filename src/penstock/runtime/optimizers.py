@@ -19,9 +19,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer.
 
-    Weights shared with other stages form groups of their own, since an optimizer that compresses by bucket must not
-    mix them with neighbours: a scale shared with a neighbour would make the copies drift apart. Parameters of fewer
-    than two dimensions (norms, biases) are not decayed.
+    Each weight shared with other stages forms a group of its own, since an optimizer that compresses by bucket must
+    not mix it with neighbours: a scale shared with a neighbour that another stage lacks would make the copies drift
+    apart. Parameters of fewer than two dimensions (norms, biases) are not decayed.
 
     Args:
         own: Parameters of this stage alone, with canonical names.
@@ -32,7 +32,7 @@ def parameter_groups(
         Dicts with ``params`` and, if asked for, ``weight_decay``; empty groups are left out.
     """
     groups: list[dict[str, Any]] = []
-    for named in (own, shared):
+    for named in (own, *([pair] for pair in shared)):
         parameters = [parameter for _, parameter in named if parameter.requires_grad]
         if weight_decay is None:
             groups.append({"params": parameters})
