@@ -13,22 +13,18 @@ from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange, OwnsExchange
 from penstock._core.waiting import Watcher
 from penstock.compression import LocalGradients, Reducer, create_compression_algorithm
-from penstock.data_pipeline.data_sampling import DataSampler
-from penstock.data_pipeline.datasets import TokenWindows, open_dataset
-from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.topology import PipeDataParallelTopology
 from penstock.runtime.batches import Cut
-from penstock.runtime.config import TrainConfig, check_world, load_config
-from penstock.runtime.dropping import Dropping
+from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine, Parts
 from penstock.runtime.ledger_rates import Rates
-from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
 from penstock.runtime.optimizers import OptimizerFactory, check_parameters, optimizer_factory, parameter_groups
 from penstock.runtime.plain_model import plain_stage
+from penstock.runtime.preparation import prepare
 from penstock.runtime.process import Process
 from penstock.runtime.run_facts import run_facts
 from penstock.runtime.shared_parameters import SharedParameters
@@ -70,32 +66,29 @@ def initialize(
         ValueError: Something about the model, the configuration, the data or the number of processes does not fit; the
             message has the numbers and the remedy.
     """
-    settings = load_config(config)
-    settings, module = _placed(model, settings)
-    world_size = Process.planned_world_size()
-    replicas = check_world(settings, world_size)
-    micro_batches = settings.micro_batches(replicas)
-    loss = loss_fn if loss_fn is not None else getattr(model, "loss_fn", None)
-    _check_optimizer(model, optimizer)
-    dropping = _dropping(settings, module)
-    dataset = _dataset(settings, training_data)
-    order = None if dataset is None else _order(settings, dataset)
-    schedule = _schedule(settings, optimizer)
-
+    ready = prepare(
+        model,
+        config,
+        world_size=Process.planned_world_size(),
+        training_data=training_data,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+    )
+    settings, module = ready.config, ready.module
     process = Process.join(settings.deadline_s)
     watcher = Watcher(rank=process.rank, deadline_s=settings.deadline_s, store=process.store).start()
     try:
         if process.store is not None:
             agree(
                 "the run",
-                run_facts(settings, order),
+                run_facts(settings, ready.order),
                 store=process.store,
                 rank=process.rank,
                 world_size=process.world_size,
                 watcher=watcher,
             )
         meter = Meter()
-        topology = PipeDataParallelTopology(num_pp=settings.pipe.stages, num_dp=replicas)
+        topology = PipeDataParallelTopology(num_pp=settings.pipe.stages, num_dp=ready.replicas)
         groups = PipeGroups(
             topology,
             tied=None if module is None else tied_ranks(module),
@@ -112,17 +105,17 @@ def initialize(
         else:
             stage = module.build_stage(groups.pipe_rank, device=process.device, dtype=dtype)
         shared = SharedParameters.of(stage, module)
-        if dropping is not None:
-            dropping.wrap(stage)
+        if ready.dropping is not None:
+            ready.dropping.wrap(stage)
         built = _optimizer(settings, optimizer, shared, stage)
         exchange = _exchange(settings, built, shared, groups, meter, watcher)
         pipeline = PipelineEngine(
             stage,
             schedule=settings.pipe.schedule,
-            micro_batches=micro_batches,
+            micro_batches=ready.micro_batches,
             groups=groups,
             exchange=exchange,
-            loss_fn=loss,
+            loss_fn=ready.loss_fn,
             watcher=watcher,
             meter=meter,
             seed=settings.seed,
@@ -130,9 +123,9 @@ def initialize(
         )
         cut = Cut(
             micro_batch_size=settings.train.micro_batch_size,
-            micro_batches=micro_batches,
+            micro_batches=ready.micro_batches,
             replica=groups.replica,
-            replicas=replicas,
+            replicas=ready.replicas,
             is_first=stage.is_first,
             is_last=stage.is_last,
             device=process.device,
@@ -150,100 +143,18 @@ def initialize(
                 pipeline=pipeline,
                 exchange=exchange,
                 optimizer=built,
-                schedule=schedule,
+                schedule=ready.schedule,
                 cut=cut,
-                dropping=dropping,
-                rates=Rates.of(module, stage, dropping, cut, meter),
-                training_data=dataset,
-                order=order,
+                dropping=ready.dropping,
+                rates=Rates.of(module, stage, ready.dropping, cut, meter),
+                training_data=ready.dataset,
+                order=ready.order,
             )
         )
     except BaseException as error:
         watcher.report(error)
         watcher.stop()
         raise
-
-
-def _placed(model: Any, config: TrainConfig) -> tuple[TrainConfig, PipelineModule | None]:
-    """The configuration and the model with the same number of stages and the same seed."""
-    if isinstance(model, PipelineModule):
-        stages = config.pipe.stages
-        given = "stages" in config.pipe.model_fields_set
-        if model.num_stages is None or (given and model.num_stages != stages and model.topology is None):
-            if model.num_stages is not None:
-                raise ValueError(
-                    f"the model was divided into num_stages={model.num_stages}, but the configuration says "
-                    f"pipe.stages={stages}; make them equal, or leave num_stages out"
-                )
-            return config, model.partitioned(stages)
-        if model.topology is not None and (given and model.num_stages != stages):
-            raise ValueError(
-                f"the model's topology has {model.num_stages} stages, but the configuration says pipe.stages={stages}"
-            )
-        pipe = config.pipe.model_copy(update={"stages": model.num_stages})
-        return config.model_copy(update={"pipe": pipe}), model
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model must be a PipelineModule or a torch.nn.Module, got {type(model).__name__}; "
-            "wrap a list of layers as PipelineModule(layers, ...)"
-        )
-    if config.pipe.stages != 1:
-        raise ValueError(
-            f"pipe.stages={config.pipe.stages}, but a plain {type(model).__name__} cannot be divided; describe it as "
-            "PipelineModule(layers, num_stages=...), or set pipe.stages: 1"
-        )
-    if config.random_ltd_enabled:
-        raise ValueError(
-            "the configuration's random_ltd section applies to a PipelineModule; for a plain module call "
-            "convert_to_random_ltd(model, ...) and drive a RandomLTDScheduler yourself"
-        )
-    return config, None
-
-
-def _check_optimizer(model: Any, optimizer: Any) -> None:
-    if isinstance(optimizer, Optimizer) and isinstance(model, PipelineModule):
-        raise ValueError(
-            "an optimizer instance cannot hold the parameters of a PipelineModule, which are built by initialize; "
-            "give a factory instead, for example lambda groups: torch.optim.AdamW(groups, lr=1e-3)"
-        )
-    if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
-        raise ValueError(f"optimizer must be an optimizer or a factory over parameter groups, got {optimizer!r}")
-
-
-def _dropping(config: TrainConfig, module: PipelineModule | None) -> Dropping | None:
-    if not config.random_ltd_enabled:
-        return None
-    assert module is not None  # refused for plain models
-    return Dropping(config, module)
-
-
-def _dataset(config: TrainConfig, training_data: Any) -> Any:
-    """The training data: the object given, or what lies at the path; a corpus of tokens becomes windows."""
-    source = training_data if training_data is not None else config.data.train
-    if source is None:
-        return None
-    dataset = open_dataset(source)
-    if isinstance(dataset, IndexedDataset):
-        length = config.sequence_length
-        if length is None:
-            raise ValueError(f"{source}: a token corpus needs data.sequence_length, the tokens per sample")
-        return TokenWindows(dataset, length)
-    if not len(dataset):
-        raise ValueError(f"the training data holds no samples: {source!r}")
-    return dataset
-
-
-def _order(config: TrainConfig, dataset: Any) -> DataSampler:
-    sampling = {"strategy": "random", "seed": config.seed, **config.sampling}
-    return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size})
-
-
-def _schedule(config: TrainConfig, optimizer: Any) -> LRSchedule | None:
-    """The learning rate schedule; a user's optimizer keeps its own rate unless the configuration names a schedule."""
-    if optimizer is not None and "schedule" not in config.model_fields_set:
-        return None
-    # Samples that are not sequences count as one token each.
-    return lr_schedule(config, tokens_per_step=config.tokens_per_step or config.train.global_batch_size)
 
 
 def _optimizer(config: TrainConfig, given: Any, shared: SharedParameters, stage: nn.Module) -> Optimizer:

@@ -14,7 +14,7 @@ from penstock.models.gpt import gpt_layers, gpt_loss
 from penstock.pipe.module import PipelineModule
 from penstock.runtime import demo
 from penstock.runtime.checkpoint import latest_complete, list_checkpoints
-from penstock.runtime.config import TrainConfig, check_world, load_config
+from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import CompressionSection, DataParallelSection, OptimizerSection, PipeSection
 from penstock.runtime.display import Display
 from penstock.runtime.engine import Engine
@@ -27,6 +27,7 @@ from penstock.runtime.initialize import initialize
 from penstock.runtime.launch import launch, launched
 from penstock.runtime.ledger import merge
 from penstock.runtime.metrics_log import MetricsLog
+from penstock.runtime.preparation import prepare
 from penstock.runtime.process import Process
 from penstock.runtime.run_directory import (
     CHECKPOINTS_NAME,
@@ -76,8 +77,7 @@ def train(
     _check_directory(folder, resume=resume, overwrite=overwrite)
     # What can be refused is refused here, once, and not by every process.
     processes = config.pipe.stages * (config.data_parallel.replicas or 1)
-    check_world(config, processes)
-    _model(config)
+    prepare(_model(config), config, world_size=processes)
     if config.data.heldout is not None:
         heldout_windows(config)
     if processes == 1:

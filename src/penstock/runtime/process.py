@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 import torch.distributed as dist
 
+from penstock._core.waiting import Watcher
+from penstock.pipe.agreement import agree
 from penstock.runtime.launch import launched
 
 if TYPE_CHECKING:  # a compiled type: torch.distributed exports it at run time only
@@ -45,6 +47,9 @@ class Process:
 
         Args:
             deadline_s: How long the other ranks may take to arrive, and the time limit of every collective, in seconds.
+
+        Raises:
+            WaitError: Ranks did not arrive within the deadline; the message names them.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if torch.cuda.is_available():
@@ -54,8 +59,7 @@ class Process:
             device = torch.device("cpu")
         owns = False
         if launched() and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=deadline_s))
+            _init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", deadline_s)
             owns = True
         if not dist.is_initialized():
             return cls(0, 1, device, None, owns_group=False)
@@ -66,3 +70,18 @@ class Process:
         """End the process group if :meth:`join` made it."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _init_process_group(backend: str, deadline_s: float) -> None:
+    """As ``dist.init_process_group(backend)``, but ranks that do not arrive are named."""
+    timeout = datetime.timedelta(seconds=deadline_s)
+    watcher = Watcher(rank=int(os.environ["RANK"]), deadline_s=deadline_s)
+    with watcher.waiting("reaching the rendezvous store"):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    agree(
+        "the start", {"number of processes": world_size}, store=store, rank=rank, world_size=world_size, watcher=watcher
+    )
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout
+    )

@@ -1,0 +1,165 @@
+"""Everything about a run that can be checked before a process group is made or a weight allocated."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from penstock.data_pipeline.data_sampling import DataSampler
+from penstock.data_pipeline.datasets import TokenWindows, open_dataset
+from penstock.data_pipeline.datasets.indexed import IndexedDataset
+from penstock.pipe.module import PipelineModule
+from penstock.runtime.config import TrainConfig, check_world, load_config
+from penstock.runtime.dropping import Dropping
+from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that was found to be in order.
+
+    Attributes:
+        config: The configuration, with the model's number of stages.
+        module: The model, divided into that many; None for a plain module.
+        replicas: Data-parallel replicas.
+        micro_batches: Micro-batches per replica and step.
+        loss_fn: What computes the loss from output and targets; None where the model does.
+        dropping: Token dropping, if any.
+        dataset: The opened training data, if any.
+        order: In which order it is read.
+        schedule: The learning rate's, unless a user's optimizer keeps its own.
+    """
+
+    config: TrainConfig
+    module: PipelineModule | None
+    replicas: int
+    micro_batches: int
+    loss_fn: Callable[[Any, Any], Any] | None
+    dropping: Dropping | None
+    dataset: Any
+    order: DataSampler | None
+    schedule: LRSchedule | None
+
+
+def prepare(
+    model: PipelineModule | nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any] | TrainConfig,
+    *,
+    world_size: int,
+    training_data: Any = None,
+    optimizer: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+) -> Prepared:
+    """Check a run as a whole; the arguments are those of :func:`penstock.initialize`.
+
+    Args:
+        model: The model.
+        config: The configuration.
+        world_size: Processes that the run has, or will have.
+        training_data: The training data.
+        optimizer: The optimizer or its factory.
+        loss_fn: The loss function.
+
+    Raises:
+        ValueError: Something does not fit; the message has the numbers and the remedy.
+    """
+    settings, module = _placed(model, load_config(config))
+    replicas = check_world(settings, world_size)
+    _check_optimizer(model, optimizer)
+    dataset = _dataset(settings, training_data)
+    return Prepared(
+        config=settings,
+        module=module,
+        replicas=replicas,
+        micro_batches=settings.micro_batches(replicas),
+        loss_fn=loss_fn if loss_fn is not None else getattr(module, "loss_fn", None),
+        dropping=_dropping(settings, module),
+        dataset=dataset,
+        order=None if dataset is None else _order(settings, dataset),
+        schedule=_schedule(settings, optimizer),
+    )
+
+
+def _placed(model: Any, config: TrainConfig) -> tuple[TrainConfig, PipelineModule | None]:
+    """The configuration and the model with the same number of stages and the same seed."""
+    if isinstance(model, PipelineModule):
+        stages = config.pipe.stages
+        given = "stages" in config.pipe.model_fields_set
+        if model.num_stages is None or (given and model.num_stages != stages and model.topology is None):
+            if model.num_stages is not None:
+                raise ValueError(
+                    f"the model was divided into num_stages={model.num_stages}, but the configuration says "
+                    f"pipe.stages={stages}; make them equal, or leave num_stages out"
+                )
+            return config, model.partitioned(stages)
+        if model.topology is not None and (given and model.num_stages != stages):
+            raise ValueError(
+                f"the model's topology has {model.num_stages} stages, but the configuration says pipe.stages={stages}"
+            )
+        pipe = config.pipe.model_copy(update={"stages": model.num_stages})
+        return config.model_copy(update={"pipe": pipe}), model
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a PipelineModule or a torch.nn.Module, got {type(model).__name__}; "
+            "wrap a list of layers as PipelineModule(layers, ...)"
+        )
+    if config.pipe.stages != 1:
+        raise ValueError(
+            f"pipe.stages={config.pipe.stages}, but a plain {type(model).__name__} cannot be divided; describe it as "
+            "PipelineModule(layers, num_stages=...), or set pipe.stages: 1"
+        )
+    if config.random_ltd_enabled:
+        raise ValueError(
+            "the configuration's random_ltd section applies to a PipelineModule; for a plain module call "
+            "convert_to_random_ltd(model, ...) and drive a RandomLTDScheduler yourself"
+        )
+    return config, None
+
+
+def _check_optimizer(model: Any, optimizer: Any) -> None:
+    if isinstance(optimizer, Optimizer) and isinstance(model, PipelineModule):
+        raise ValueError(
+            "an optimizer instance cannot hold the parameters of a PipelineModule, which are built by initialize; "
+            "give a factory instead, for example lambda groups: torch.optim.AdamW(groups, lr=1e-3)"
+        )
+    if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
+        raise ValueError(f"optimizer must be an optimizer or a factory over parameter groups, got {optimizer!r}")
+
+
+def _dropping(config: TrainConfig, module: PipelineModule | None) -> Dropping | None:
+    if not config.random_ltd_enabled:
+        return None
+    assert module is not None  # refused for plain models
+    return Dropping(config, module)
+
+
+def _dataset(config: TrainConfig, training_data: Any) -> Any:
+    """The training data: the object given, or what lies at the path; a corpus of tokens becomes windows."""
+    source = training_data if training_data is not None else config.data.train
+    if source is None:
+        return None
+    dataset = open_dataset(source)
+    if isinstance(dataset, IndexedDataset):
+        length = config.sequence_length
+        if length is None:
+            raise ValueError(f"{source}: a token corpus needs data.sequence_length, the tokens per sample")
+        return TokenWindows(dataset, length)
+    if not len(dataset):
+        raise ValueError(f"the training data holds no samples: {source!r}")
+    return dataset
+
+
+def _order(config: TrainConfig, dataset: Any) -> DataSampler:
+    sampling = {"strategy": "random", "seed": config.seed, **config.sampling}
+    return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size})
+
+
+def _schedule(config: TrainConfig, optimizer: Any) -> LRSchedule | None:
+    """The learning rate schedule; a user's optimizer keeps its own rate unless the configuration names a schedule."""
+    if optimizer is not None and "schedule" not in config.model_fields_set:
+        return None
+    # Samples that are not sequences count as one token each.
+    return lr_schedule(config, tokens_per_step=config.tokens_per_step or config.train.global_batch_size)
