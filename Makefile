@@ -9,7 +9,7 @@ RUN_DIR ?= runs/demo
 .PHONY: demo test lint types docs bench clean
 
 demo: $(VENV)/.installed
-	$(BIN)/penstock train --output $(RUN_DIR)
+	$(BIN)/penstock train --output $(RUN_DIR) --overwrite
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

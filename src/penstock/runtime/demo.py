@@ -48,7 +48,6 @@ def prepare_corpus(folder: str | os.PathLike[str], say: Callable[[str], None]) -
     try:
         facts = read_manifest(root)
         if facts.get("recipe") == recipe:
-            say(f"corpus: {root} is intact, using it")
             return facts
     except CorruptFileError:
         pass  # nothing there yet, or a build that was interrupted: build it anew

@@ -28,6 +28,16 @@ class HeldOut:
     tokens: int
     bits_per_byte: float | None
 
+    def sentence(self) -> str:
+        """The evaluation in one line."""
+        difference = self.unigram_nats_per_token - self.nats_per_token
+        side = "below" if difference >= 0 else "above"
+        bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.4f} bits per byte)"
+        return (
+            f"held-out loss {self.nats_per_token:.4f} nats per token{bits} on {self.tokens:,} tokens, "
+            f"{abs(difference):.4f} {side} a unigram model's {self.unigram_nats_per_token:.4f} on the same tokens"
+        )
+
 
 def unigram_log_probabilities(tokens: npt.NDArray[Any], vocab_size: int) -> npt.NDArray[np.float64]:
     """Log probability of every token under add-one smoothed counts of a corpus, in nats.

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from rich.console import Console
+
 from penstock._core.files import write_json
 from penstock._core.waiting import Watcher
 from penstock.data_pipeline.datasets import TokenWindows
@@ -233,18 +235,11 @@ def _finish(engine: Engine, folder: Path, result: HeldOut | None) -> None:
     if result is not None:
         summary["heldout"] = asdict(result)
     write_json(folder / SUMMARY_NAME, summary)
-    from rich.console import Console
-
     console = Console()
     console.print(render(summary))
     if result is not None:
-        console.print(
-            f"held-out loss {result.nats_per_token:.4f} nats per token"
-            + (f" ({result.bits_per_byte:.4f} bits per byte)" if result.bits_per_byte is not None else "")
-            + f" on {result.tokens:,} tokens; a unigram model has {result.unigram_nats_per_token:.4f} on the same "
-            f"tokens, {result.unigram_nats_per_token - result.nats_per_token:.4f} more"
-        )
-    console.print(f"checkpoint, metrics and summary are in {folder}")
+        console.print(result.sentence(), soft_wrap=True)
+    console.print(f"checkpoint, metrics and summary are in {folder}", soft_wrap=True)
 
 
 def _say(text: str) -> None:
