@@ -112,7 +112,8 @@ def load_state(optimizer: Optimizer, names: Mapping[int, str], saved: Mapping[st
             if value.dim() and value.shape != parameter.shape:
                 name = names[id(parameter)]
                 copy_into(parameter.detach(), value, f"{key} of {name}")  # raises with both shapes
-        state[number] = dict(entries)
+        # Clones lie in aligned memory of their own; tensors read from a file lie where the file put them.
+        state[number] = {key: value.clone() for key, value in entries.items()}
     optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
 
 

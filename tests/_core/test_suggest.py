@@ -1,0 +1,11 @@
+from penstock._core.suggest import unknown_name
+
+
+def test_a_near_miss_is_pointed_out() -> None:
+    text = unknown_name("algorithm", "onebt", ["none", "onebit"])
+    assert text == "unknown algorithm 'onebt'; did you mean 'onebit'? Known: none, onebit"
+
+
+def test_nothing_near_lists_what_there_is() -> None:
+    assert unknown_name("key", "xyz", ["b", "a"]) == "unknown key 'xyz'. Known: a, b"
+    assert unknown_name("key", "xyz", []) == "unknown key 'xyz'. Known: (none)"
