@@ -3,32 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
-from penstock._core.meter import Meter
-from penstock._core.protocols import GradientExchange, OwnsExchange
-from penstock._core.waiting import Watcher
-from penstock.data_pipeline.data_sampling import DataSampler
-from penstock.pipe.engine import PipelineEngine
-from penstock.pipe.groups import PipeGroups
+from penstock._core.protocols import OwnsExchange
 from penstock.pipe.micro_batch import MicroBatch
-from penstock.pipe.module import PipelineModule
-from penstock.pipe.stage import Stage
 from penstock.pipe.step import StepResult
 from penstock.runtime import batches
-from penstock.runtime.batches import Collate, Cut
 from penstock.runtime.clipping import clip_, global_norm
-from penstock.runtime.config import TrainConfig
-from penstock.runtime.dropping import Dropping
-from penstock.runtime.ledger_rates import Rates
-from penstock.runtime.lr_schedule import LRSchedule
-from penstock.runtime.process import Process
-from penstock.runtime.shared_parameters import SharedParameters
+from penstock.runtime.engine_state import load, save
+from penstock.runtime.parts import Parts, Progress
 
 
 class NotFiniteError(RuntimeError):
@@ -42,7 +29,7 @@ class StepReport:
     Attributes:
         step: The step, from 0.
         loss: Mean loss of the global batch.
-        lr: Learning rate factor's result for the first parameter group.
+        lr: Learning rate of the first parameter group.
         tokens: Tokens consumed after the step.
         samples: Samples consumed after the step.
         kept_tokens: Tokens that dropping layers kept per sequence; None without dropping.
@@ -62,45 +49,6 @@ class StepReport:
     gradient_norm: float | None
     seconds: float
     bubble_seconds: float
-
-
-@dataclass
-class Progress:
-    """Where the run stands; what a checkpoint's state begins with.
-
-    Attributes:
-        step: Optimizer steps completed.
-        samples: Samples consumed: the position ``k`` in the run's order at which the next step begins.
-        tokens: Tokens consumed.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What :func:`penstock.initialize` puts together for an :class:`Engine`."""
-
-    config: TrainConfig
-    process: Process
-    watcher: Watcher
-    meter: Meter
-    groups: PipeGroups
-    stage: Stage
-    module: PipelineModule | None
-    shared: SharedParameters
-    pipeline: PipelineEngine
-    exchange: GradientExchange
-    optimizer: Optimizer
-    schedule: LRSchedule | None
-    cut: Cut
-    dropping: Dropping | None
-    rates: Rates
-    training_data: Any = None
-    order: DataSampler | None = None
-    collate: Collate = field(default=batches.collate_samples)
 
 
 class Engine:
@@ -209,10 +157,8 @@ class Engine:
         Returns:
             The checkpoint's own directory.
         """
-        from penstock.runtime.engine_state import save
-
         with self._told("save_checkpoint"):
-            return save(self, Path(directory), keep=keep)
+            return save(self.parts, self.progress, Path(directory), keep=keep)
 
     def load_checkpoint(self, directory: str | Path) -> Path:
         """Load a checkpoint, or the newest complete one in a directory of several; every rank calls it.
@@ -224,10 +170,8 @@ class Engine:
         Returns:
             The checkpoint that was loaded.
         """
-        from penstock.runtime.engine_state import load
-
         with self._told("load_checkpoint"):
-            return load(self, Path(directory))
+            return load(self.parts, self.progress, Path(directory))
 
     def close(self) -> None:
         """End the watcher and, if :func:`penstock.initialize` made it, the process group."""

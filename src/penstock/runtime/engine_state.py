@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -19,20 +19,17 @@ from penstock.runtime.checkpoint import (
 )
 from penstock.runtime.gather import gather_json
 from penstock.runtime.optimizers import load_state, save_state
+from penstock.runtime.parts import Parts, Progress
 from penstock.runtime.tied_check import check_copies
-
-if TYPE_CHECKING:
-    from penstock.runtime.engine import Engine, Parts
 
 _EXCHANGE: Final = "exchange"
 _OPTIMIZER: Final = "optimizer"
 
 
-def save(engine: "Engine", directory: Path, *, keep: int | None) -> Path:
+def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None) -> Path:
     """Write a checkpoint; see :meth:`penstock.runtime.engine.Engine.save_checkpoint`."""
-    parts = engine.parts
     _check_tied(parts)
-    writer = CheckpointWriter(directory, engine.progress.step)
+    writer = CheckpointWriter(directory, progress.step)
     if parts.groups.replica == 0:
         for layer, tensors in _layers(parts).items():
             writer.write_layer(layer, tensors)
@@ -45,7 +42,7 @@ def save(engine: "Engine", directory: Path, *, keep: int | None) -> Path:
         if parts.process.rank == 0:
             state = {
                 "penstock_version": __version__,
-                "progress": asdict(engine.progress),
+                "progress": asdict(progress),
                 "layout": layout(parts),
                 "config": parts.config.to_dict(),
                 "sampler": None if parts.order is None else parts.order.state_dict(),
@@ -58,9 +55,8 @@ def save(engine: "Engine", directory: Path, *, keep: int | None) -> Path:
     return writer.path
 
 
-def load(engine: "Engine", directory: Path) -> Path:
+def load(parts: Parts, progress: Progress, directory: Path) -> Path:
     """Load a checkpoint; see :meth:`penstock.runtime.engine.Engine.load_checkpoint`."""
-    parts = engine.parts
     checkpoint = find(directory)
     state = checkpoint.read_state()
     _load_layers(parts, checkpoint)
@@ -68,9 +64,9 @@ def load(engine: "Engine", directory: Path) -> Path:
     _load_rank_state(parts, checkpoint, state, same_layout=same_layout)
     if parts.order is not None and state["sampler"] is not None:
         parts.order.load_state_dict(state["sampler"])
-    engine.progress.step = int(state["progress"]["step"])
-    engine.progress.samples = int(state["progress"]["samples"])
-    engine.progress.tokens = int(state["progress"]["tokens"])
+    progress.step = int(state["progress"]["step"])
+    progress.samples = int(state["progress"]["samples"])
+    progress.tokens = int(state["progress"]["tokens"])
     return checkpoint.path
 
 
@@ -90,7 +86,7 @@ def find(directory: Path) -> Checkpoint:
     return checkpoint
 
 
-def layout(parts: "Parts") -> dict[str, Any]:
+def layout(parts: Parts) -> dict[str, Any]:
     """What must be equal for the state that belongs to ranks to be loaded again."""
     bounds = None if parts.module is None else parts.module.bounds
     return {
@@ -100,7 +96,7 @@ def layout(parts: "Parts") -> dict[str, Any]:
     }
 
 
-def load_weights(parts: "Parts", checkpoint: Checkpoint) -> None:
+def load_weights(parts: Parts, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights and buffers into the stage, and nothing else."""
     saved: dict[int, dict[str, Tensor]] = {}
     for kind, name, tensor in _named_tensors(parts):
@@ -111,14 +107,14 @@ def load_weights(parts: "Parts", checkpoint: Checkpoint) -> None:
         copy_into(tensor, tensors[key], f"{checkpoint.path}: {name}")
 
 
-def _check_tied(parts: "Parts") -> None:
+def _check_tied(parts: Parts) -> None:
     tied = parts.stage.tied
     for key, group in sorted(parts.groups.tied.items()):
         with parts.watcher.waiting(f"comparing the copies of {key}", stage=parts.stage.index):
             check_copies(tied[key], group=group, meter=parts.meter)
 
 
-def _named_tensors(parts: "Parts") -> list[tuple[str, str, Tensor]]:
+def _named_tensors(parts: Parts) -> list[tuple[str, str, Tensor]]:
     """Weights and persistent buffers of the stage as ``(kind, canonical name, tensor)``."""
     found = [("weight", name, p.detach()) for name, p in parts.stage.canonical_parameters()]
     for index, module in parts.stage.canonical_modules():
@@ -135,7 +131,7 @@ def _layer_of(name: str) -> int:
     return int(name.removeprefix("layer_").partition(".")[0])
 
 
-def _layers(parts: "Parts") -> dict[int, dict[str, Tensor]]:
+def _layers(parts: Parts) -> dict[int, dict[str, Tensor]]:
     """What this rank writes: its layers' tensors, without copies of weights that another stage owns."""
     local = range(parts.stage.start, parts.stage.stop)
     layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -147,7 +143,7 @@ def _layers(parts: "Parts") -> dict[int, dict[str, Tensor]]:
     return {layer: tensors for layer, tensors in layers.items() if layer in local}
 
 
-def _load_layers(parts: "Parts", checkpoint: Checkpoint) -> None:
+def _load_layers(parts: Parts, checkpoint: Checkpoint) -> None:
     load_weights(parts, checkpoint)
     saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for layer in sorted({_layer_of(name) for name in parts.shared.names.values()}):
@@ -158,7 +154,7 @@ def _load_layers(parts: "Parts", checkpoint: Checkpoint) -> None:
     load_state(parts.optimizer, parts.shared.names, saved)
 
 
-def _rank_state(parts: "Parts") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _rank_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The exchange's and the optimizer's state that belongs to this rank: tensors, and plain values."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
@@ -171,7 +167,7 @@ def _rank_state(parts: "Parts") -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, plain
 
 
-def _load_rank_state(parts: "Parts", checkpoint: Checkpoint, state: Mapping[str, Any], *, same_layout: bool) -> None:
+def _load_rank_state(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, Any], *, same_layout: bool) -> None:
     if not same_layout:
         return
     rank = parts.process.rank
@@ -189,5 +185,5 @@ def _load_rank_state(parts: "Parts", checkpoint: Checkpoint, state: Mapping[str,
         parts.optimizer.load_error_state(by_owner[_OPTIMIZER])
 
 
-def _error_state(parts: "Parts") -> dict[str, Any]:
+def _error_state(parts: Parts) -> dict[str, Any]:
     return dict(parts.optimizer.error_state()) if isinstance(parts.optimizer, OwnsExchange) else {}

@@ -20,9 +20,10 @@ from penstock.pipe.module import PipelineModule
 from penstock.pipe.topology import PipeDataParallelTopology
 from penstock.runtime.batches import Cut
 from penstock.runtime.config import TrainConfig
-from penstock.runtime.engine import Engine, Parts
+from penstock.runtime.engine import Engine
 from penstock.runtime.ledger_rates import Rates
 from penstock.runtime.optimizers import OptimizerFactory, check_parameters, optimizer_factory, parameter_groups
+from penstock.runtime.parts import Parts
 from penstock.runtime.plain_model import plain_stage
 from penstock.runtime.preparation import prepare
 from penstock.runtime.process import Process

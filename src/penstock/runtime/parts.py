@@ -1,0 +1,61 @@
+"""What an engine is put together from, and where its run stands."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from penstock._core.meter import Meter
+from penstock._core.protocols import GradientExchange
+from penstock._core.waiting import Watcher
+from penstock.data_pipeline.data_sampling import DataSampler
+from penstock.pipe.engine import PipelineEngine
+from penstock.pipe.groups import PipeGroups
+from penstock.pipe.module import PipelineModule
+from penstock.pipe.stage import Stage
+from penstock.runtime.batches import Collate, Cut, collate_samples
+from penstock.runtime.config import TrainConfig
+from penstock.runtime.dropping import Dropping
+from penstock.runtime.ledger_rates import Rates
+from penstock.runtime.lr_schedule import LRSchedule
+from penstock.runtime.process import Process
+from penstock.runtime.shared_parameters import SharedParameters
+
+
+@dataclass
+class Progress:
+    """Where the run stands; what a checkpoint's state begins with.
+
+    Attributes:
+        step: Optimizer steps completed.
+        samples: Samples consumed: the position ``k`` in the run's order at which the next step begins.
+        tokens: Tokens consumed.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What :func:`penstock.initialize` puts together for an :class:`Engine`."""
+
+    config: TrainConfig
+    process: Process
+    watcher: Watcher
+    meter: Meter
+    groups: PipeGroups
+    stage: Stage
+    module: PipelineModule | None
+    shared: SharedParameters
+    pipeline: PipelineEngine
+    exchange: GradientExchange
+    optimizer: Optimizer
+    schedule: LRSchedule | None
+    cut: Cut
+    dropping: Dropping | None
+    rates: Rates
+    training_data: Any = None
+    order: DataSampler | None = None
+    collate: Collate = collate_samples
