@@ -1,0 +1,141 @@
+"""The documentation is true: its tables of keys are the models', its programs run, its configurations load."""
+
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from penstock.data_pipeline import PipelineConfig, load_configuration
+from penstock.data_pipeline.data_sampling import SamplingConfig
+from penstock.data_pipeline.data_sampling.config import MetricConfig
+from penstock.data_pipeline.data_sampling.curriculum import ScheduleDetails
+from penstock.runtime.config import TrainConfig, load_config
+from penstock.runtime.config_sections import ModelSection
+from penstock.runtime.random_ltd_section import RandomLTDSection
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+METRIC = "sampling.curriculum.metrics.NAME."
+# What the run sets itself, and refuses in its sampling table.
+OF_THE_RUN = {"sampling.batch_size", "sampling.rank", "sampling.num_replicas"}
+
+
+def shown(field: FieldInfo) -> str:
+    """A field's default, as the tables write it."""
+    if field.is_required():
+        return "required"
+    value: Any = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "the defaults below"
+    if value is None:
+        return "none"
+    text = str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
+    return f"`{text}`"
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a model and its sections, with its default."""
+    for name, field in model.model_fields.items():
+        yield prefix + name, shown(field)
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel) and section is not ScheduleDetails:
+            yield from keys_of(section, f"{prefix}{name}.")
+
+
+def keys_on_page(start: str, end: str | None) -> list[tuple[str, str]]:
+    """Every key and its default in the tables between two headings of the reference."""
+    page = (DOCS / "configuration.md").read_text()
+    part = page.partition(f"\n## {start}\n")[2]
+    if end is not None:
+        part = part.partition(f"\n## {end}\n")[0]
+    return re.findall(r"^\| `([\w.]+)` \| ([^|]+) \| [^|]", part, re.MULTILINE)
+
+
+def test_the_reference_has_every_key_of_a_run_with_its_default() -> None:
+    known = {
+        **dict(keys_of(TrainConfig)),
+        **dict(keys_of(ModelSection, "model.")),
+        **dict(keys_of(RandomLTDSection, "random_ltd.")),
+        **dict(keys_of(SamplingConfig, "sampling.")),
+        **dict(keys_of(MetricConfig, METRIC)),
+        **dict(keys_of(ScheduleDetails, f"{METRIC}schedule_config.")),
+    }
+    page = keys_on_page("A run", "A data pipeline")
+    assert len(page) == len(dict(page))
+    assert dict(page) == {key: default for key, default in known.items() if key not in OF_THE_RUN}
+
+
+def test_the_reference_has_every_key_of_a_data_pipeline_with_its_default() -> None:
+    page = keys_on_page("A data pipeline", None)
+    assert len(page) == len(dict(page))
+    assert dict(page) == dict(keys_of(PipelineConfig))
+
+
+def checked(kind: str) -> str:
+    """The one block of the documentation that is announced by ``<!-- checked: KIND -->``."""
+    pages = "\n".join(path.read_text() for path in sorted(DOCS.glob("*.md")))
+    (text,) = re.findall(rf"<!-- checked: {re.escape(kind)} -->\n```\w+\n(.*?)```", pages, re.DOTALL)
+    return str(text)
+
+
+def test_the_first_run_configuration_loads() -> None:
+    config = load_config(yaml.safe_load(checked("run.yaml")))
+    assert config.micro_batches(2) == 4
+
+
+def test_the_pipelines_configuration_loads() -> None:
+    assert load_configuration(yaml.safe_load(checked("pipeline.yaml"))).training.max_steps == 100
+
+
+def test_the_loop_of_the_data_pipeline_runs(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", checked("python") + "\nassert results[-1]['loss'] < results[0]['loss']"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def named_imports() -> set[tuple[str, str]]:
+    """Module and name of every import of the project in the pages' programs."""
+    found = set()
+    for path in DOCS.glob("*.md"):
+        for module, names in re.findall(r"^from (penstock[\w.]*) import ([\w, ]+)$", path.read_text(), re.MULTILINE):
+            found |= {(module, name.strip()) for name in names.split(",")}
+    return found
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(named_imports()))
+def test_the_import_exists(module: str, name: str) -> None:
+    assert getattr(importlib.import_module(module), name)
+
+
+def documented() -> list[str]:
+    """Every object that the reference documents."""
+    pages = [path.read_text() for path in sorted((DOCS / "reference").glob("*.md"))]
+    return [target for page in pages for target in re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)]
+
+
+def test_the_reference_documents_each_object_once_and_all_that_packages_export() -> None:
+    targets = documented()
+    assert len(targets) == len(set(targets))
+    names = {target.rpartition(".")[2] for target in targets}
+    for package in ("pipe", "pipe.schedule", "compression", "data_pipeline.data_sampling", "models"):
+        module = importlib.import_module(f"penstock.{package}")
+        missing = {name for name in module.__all__ if name not in names and (callable(getattr(module, name)))}
+        assert missing <= {"Payload", "main"}, f"{package}: {missing}"
+
+
+@pytest.mark.parametrize("target", documented())
+def test_the_documented_object_exists(target: str) -> None:
+    module, _, name = target.rpartition(".")
+    assert getattr(importlib.import_module(module), name).__doc__
