@@ -9,7 +9,7 @@ from rich.console import Console
 
 from penstock._core.meter import ACTIVATIONS, REPLICAS
 from penstock.models import GPTConfig, gpt_flops, gpt_head_flops, gpt_layer_flops
-from penstock.runtime.ledger import Ledger, merge, peak_memory
+from penstock.runtime.ledger import Ledger, chain, merge, peak_memory
 from penstock.runtime.summary import render, summarize
 
 GPT = GPTConfig(vocab_size=64, num_layers=3, hidden_size=16, num_heads=2, context_length=32)
@@ -166,3 +166,22 @@ def test_what_costs_more_than_the_plain_run_is_said_to() -> None:
 
 def test_an_empty_ledger_renders() -> None:
     assert "optimizer steps" in text_of(Ledger().state_dict())
+
+
+def test_a_run_resumed_on_another_layout_adds_to_what_it_spent_before() -> None:
+    def part(steps: int, seconds: float, ranks: int) -> dict[str, object]:
+        ledgers = [Ledger(plain_bubble=0.5 / ranks) for _ in range(ranks)]
+        for ledger in ledgers:
+            ledger.count_read(4, 40)
+            ledger.meter.count(REPLICAS, sent=7)
+            for _ in range(steps):
+                ledger.count_step(seconds)
+        return merge(ledger.state_dict() for ledger in ledgers)
+
+    whole = chain(part(3, 0.5, 4), part(2, 0.25, 2))
+    assert whole["ranks"] == 2
+    assert whole["spent"] == {"samples": 24, "tokens": 240, "steps": 5}
+    assert whole["slowest_s"] == 3 * 0.5 + 2 * 0.25
+    assert whole["meter"]["sent"] == {REPLICAS: 42}
+    assert whole["plain_bubble"] == 0.25
+    assert summarize(whole)["wall_s"]["spent"] == 2.0

@@ -1,5 +1,6 @@
 """An engine's state in a checkpoint: by canonical layer what belongs to the model, by rank what belongs to a rank."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,9 +19,12 @@ from penstock.runtime.checkpoint import (
     prune,
 )
 from penstock.runtime.gather import gather_json
+from penstock.runtime.ledger import chain, merge
 from penstock.runtime.optimizers import load_state, save_state
 from penstock.runtime.parts import Parts, Progress
 from penstock.runtime.tied_check import check_copies
+
+_log = logging.getLogger(__name__)
 
 _EXCHANGE: Final = "exchange"
 _OPTIMIZER: Final = "optimizer"
@@ -60,8 +64,18 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
     checkpoint = find(directory)
     state = checkpoint.read_state()
     _load_layers(parts, checkpoint)
-    same_layout = state["layout"] == layout(parts)
-    _load_rank_state(parts, checkpoint, state, same_layout=same_layout)
+    progress.earlier = state["progress"]["earlier"]
+    if state["layout"] == layout(parts):
+        _load_rank_state(parts, checkpoint, state)
+    else:
+        spent = merge(rank["ledger"] for rank in state["ranks"])
+        progress.earlier = spent if progress.earlier is None else chain(progress.earlier, spent)
+        if parts.process.rank == 0 and checkpoint.ranks:
+            _log.warning(
+                "%s was written on another layout: the error memories of its %d ranks start from zero here",
+                checkpoint.path,
+                len(checkpoint.ranks),
+            )
     if parts.order is not None and state["sampler"] is not None:
         parts.order.load_state_dict(state["sampler"])
     progress.step = int(state["progress"]["step"])
@@ -167,9 +181,7 @@ def _rank_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, plain
 
 
-def _load_rank_state(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, Any], *, same_layout: bool) -> None:
-    if not same_layout:
-        return
+def _load_rank_state(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
     rank = parts.process.rank
     mine = state["ranks"][rank]
     parts.rates.ledger.load_state_dict(mine["ledger"])

@@ -181,6 +181,22 @@ def merge(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def chain(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the ledger of a run's later part, of all processes, to that of its earlier part on another layout.
+
+    Args:
+        earlier: From :func:`merge` or this function.
+        later: From :func:`merge`.
+    """
+    whole = merge([earlier, later])
+    whole["ranks"] = later["ranks"]
+    whole["plain_bubble"] = later["plain_bubble"]
+    whole["slowest_s"] = earlier["slowest_s"] + later["slowest_s"]
+    for column in ("spent", "plain"):
+        whole[column]["steps"] = earlier[column].get("steps", 0) + later[column].get("steps", 0)
+    return whole
+
+
 def peak_memory() -> dict[str, int]:
     """Largest memory of this process so far in bytes: ``rss`` (resident) and, on GPUs, ``cuda`` (allocated)."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -30,11 +30,13 @@ class Progress:
         step: Optimizer steps completed.
         samples: Samples consumed: the position ``k`` in the run's order at which the next step begins.
         tokens: Tokens consumed.
+        earlier: What the run spent on other layouts before it was resumed on this one; None if it never was.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    earlier: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
