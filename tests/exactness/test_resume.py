@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from penstock.runtime.checkpoint import Checkpoint
 from support.pool import WorkerPool, run_fresh
 from support.run_jobs import config, resume_job
 
@@ -79,3 +80,17 @@ def test_another_layout_goes_on_from_the_same_weights(
     other = config(stages=stages, replicas=replicas, **layout)
     losses = pool.run(resume_job, stages * replicas, other, str(tmp_path), True, STEPS, STEPS, deadline_s=90)[0]
     assert losses == pytest.approx(whole[8:], rel=1e-10)
+
+
+def test_another_layout_continues_the_reducers_warm_up_and_starts_with_empty_memories(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    changes = {"compression": {"algorithm": "onebit", "warmup_steps": 6}}
+    run = config(stages=2, replicas=2, precision="float64", steps=STEPS, **changes)
+    pool.run(resume_job, 4, run, str(tmp_path), False, 8, 8, deadline_s=90)
+    other = config(stages=1, replicas=2, precision="float64", steps=STEPS, **changes)
+    for losses in pool.run(resume_job, 2, other, str(tmp_path), True, STEPS, STEPS, deadline_s=90):
+        assert len(losses) == STEPS - 8
+    state = Checkpoint(tmp_path / f"step_{STEPS:08d}").read_state()
+    assert [rank["plain"]["exchange.step"] for rank in state["ranks"]] == [STEPS, STEPS]
+    assert state["progress"]["earlier"]["spent"]["steps"] == 8

@@ -137,7 +137,7 @@ class Reducer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore, copying into existing storage.
+        """Restore, copying into existing storage; ``{"step": N}`` alone restores the step and empties the memories.
 
         Raises:
             ValueError: The memories are those of another layout (other parameters, bucket size or replicas).
@@ -149,7 +149,7 @@ class Reducer:
             for name in mine.keys() | theirs.keys()
             if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape
         )
-        if differing:
+        if theirs and differing:
             raise ValueError(
                 f"the saved error memories do not fit: {', '.join(differing[:4])} "
                 f"({len(differing)} of {len(mine)} differ). The number of replicas, the bucket size, the model or the "
@@ -157,7 +157,10 @@ class Reducer:
             )
         self._step = int(state["step"])
         for name, memory in mine.items():
-            memory.copy_(theirs[name])
+            if theirs:
+                memory.copy_(theirs[name])
+            else:
+                memory.zero_()
 
     def close(self) -> None:
         """Remove the hooks from the parameters."""

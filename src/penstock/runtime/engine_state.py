@@ -11,6 +11,7 @@ from torch import Tensor
 
 from penstock._core.protocols import OwnsExchange
 from penstock._version import __version__
+from penstock.compression import Reducer
 from penstock.runtime.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -70,6 +71,9 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
     else:
         spent = merge(rank["ledger"] for rank in state["ranks"])
         progress.earlier = spent if progress.earlier is None else chain(progress.earlier, spent)
+        step = state["ranks"][0]["plain"].get(f"{_EXCHANGE}.step")
+        if isinstance(parts.exchange, Reducer) and step is not None:
+            parts.exchange.load_state_dict({"step": step})  # how much of the warm-up is done
         if parts.process.rank == 0 and checkpoint.ranks:
             _log.warning(
                 "%s was written on another layout: the error memories of its %d ranks start from zero here",
