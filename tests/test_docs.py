@@ -23,8 +23,19 @@ from penstock.runtime.random_ltd_section import RandomLTDSection
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 METRIC = "sampling.curriculum.metrics.NAME."
-# What the run sets itself, and refuses in its sampling table.
-OF_THE_RUN = {"sampling.batch_size", "sampling.rank", "sampling.num_replicas"}
+# What the run refuses in its sampling table.
+NOT_IN_A_RUN = [
+    "batch_size",
+    "drop_last",
+    "rank",
+    "num_replicas",
+    "num_samples",
+    "epochs",
+    "length",
+    "stride",
+    "column",
+    "transforms",
+]
 
 
 def shown(field: FieldInfo) -> str:
@@ -69,7 +80,15 @@ def test_the_reference_has_every_key_of_a_run_with_its_default() -> None:
     }
     page = keys_on_page("A run", "A data pipeline")
     assert len(page) == len(dict(page))
-    assert dict(page) == {key: default for key, default in known.items() if key not in OF_THE_RUN}
+    refused = {f"sampling.{name}" for name in NOT_IN_A_RUN}
+    assert refused < set(known)
+    assert dict(page) == {key: default for key, default in known.items() if key not in refused}
+
+
+@pytest.mark.parametrize("name", NOT_IN_A_RUN)
+def test_what_the_reference_leaves_out_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        load_config({"train": {"global_batch_size": 1, "micro_batch_size": 1, "steps": 1}, "sampling": {name: 1}})
 
 
 def test_the_reference_has_every_key_of_a_data_pipeline_with_its_default() -> None:

@@ -68,13 +68,12 @@ def test_to_dict_is_json_and_comes_back_equal() -> None:
 
 
 def test_what_only_python_can_give_is_described() -> None:
-    sampling = {"strategy": "stratified", "labels": np.zeros(3, dtype=np.int64), "transforms": [str.upper, "pad"]}
-    stored = load_config({**BASE, "sampling": sampling}).to_dict()
-    assert json.loads(json.dumps(stored))["sampling"] == {
-        "strategy": "stratified",
-        "labels": "ndarray of int64[3]",
-        "transforms": ["str.upper", "pad"],
-    }
+    for sampling, described in (
+        ({"strategy": "stratified", "labels": np.zeros(3, dtype=np.int64)}, {"labels": "ndarray of int64[3]"}),
+        ({"strategy": "weighted", "weights": str.upper}, {"weights": "str.upper"}),
+    ):
+        stored = load_config({**BASE, "sampling": sampling}).to_dict()
+        assert json.loads(json.dumps(stored))["sampling"] == {**sampling, **described}
 
 
 def test_values_do_not_change_after_loading() -> None:
@@ -152,6 +151,10 @@ WRONG: list[tuple[list[str], str]] = [
     (["precision=float23"], "did you mean 'float32'"),
     (["deadline_s=0"], "deadline_s"),
     (["sampling.batch_size=3"], r"sampling: batch_size is set by the run from train\.global_batch_size"),
+    (["sampling.epochs=3"], r"epochs is set by the run from train\.steps or train\.total_tokens"),
+    (["sampling.length=8"], r"length is set by the run from data\.sequence_length"),
+    (["sampling.transforms=[pad]"], r"instead of transforms, give training_data=process_dataset"),
+    (["sampling.column=text"], r"instead of column, give training_data=open_dataset"),
     (["sampling.stratgy=random"], r"sampling: DataSampler: stratgy: unknown key .* did you mean 'strategy'"),
     (["sampling.strategy=curriculum"], "strategy 'curriculum' needs curriculum"),
     (["random_ltd={min_tokens: 9, steps: 5}", "data.sequence_length=8"], r"min_tokens=9 is more than .* length 8"),

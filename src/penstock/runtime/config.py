@@ -36,7 +36,17 @@ _SAMPLER_KEYS_OF_THE_RUN: Final = {
     "batch_size": "train.global_batch_size",
     "rank": "the process's place in the run",
     "num_replicas": "data_parallel.replicas",
+    "num_samples": "train.steps or train.total_tokens",
+    "epochs": "train.steps or train.total_tokens",
+    "drop_last": "train.global_batch_size, which every step fills",
+    "length": "data.sequence_length",
 }
+_SAMPLER_KEYS_OF_THE_DATA: Final = {
+    "column": "open_dataset(path, column=...)",
+    "stride": "TokenWindows(IndexedDataset(path), length, stride)",
+    "transforms": "process_dataset(data, transform)",
+}
+"""What a run does not do to its samples, and what to give as ``training_data`` instead."""
 
 
 class TrainConfig(Section):
@@ -52,7 +62,7 @@ class TrainConfig(Section):
         data_parallel: Replicas.
         train: Batch sizes and length.
         data: Paths and sequence length.
-        sampling: Handed to :class:`penstock.data_pipeline.data_sampling.DataSampler`: strategy, curriculum, transforms.
+        sampling: Handed to :class:`penstock.data_pipeline.data_sampling.DataSampler`: strategy, seed, curriculum.
         random_ltd: Token dropping; None drops nothing.
         compression: Gradients on the wire.
         optimizer: The optimizer.
@@ -82,6 +92,11 @@ class TrainConfig(Section):
         for key, owner in _SAMPLER_KEYS_OF_THE_RUN.items():
             if key in value:
                 raise ValueError(f"{key} is set by the run from {owner}; remove it here")
+        for key, instead in _SAMPLER_KEYS_OF_THE_DATA.items():
+            if key in value:
+                raise ValueError(
+                    f"a run takes its samples as they come; instead of {key}, give training_data={instead}"
+                )
         validate_config(SamplingConfig, value, "DataSampler")
         return value
 
