@@ -32,7 +32,10 @@ def test_a_failure_of_another_rank_ends_this_one_with_its_message(capsys: pytest
     there.report(ValueError("no such token"))
     assert left(codes) == [EXIT_PEER]
     here.stop()
-    assert "rank 0 stops: rank 1: ValueError: no such token" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "rank 0 stops: rank 1: ValueError: no such token" in told
+    assert "Its main thread was here:" in told
+    assert "in left" in told  # the function above, in which this thread was
 
 
 def test_only_the_first_failure_counts() -> None:

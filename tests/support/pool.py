@@ -161,17 +161,19 @@ class WorkerPool:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a fresh process ended."""
+    """How a fresh process ended: ``seconds`` after the start, at the time ``at`` (of ``time.time``)."""
 
     rank: int
     code: int
     stdout: str
     stderr: str
     seconds: float
+    at: float
 
 
+_NO_PORT = "none"
 _MAIN = """
-import json, sys
+import sys
 sys.path.insert(0, {tests!r})
 from support.pool import _fresh_main
 _fresh_main(sys.argv[1:])
@@ -181,10 +183,12 @@ _fresh_main(sys.argv[1:])
 def _fresh_main(argv: Sequence[str]) -> None:
     file, name, rank, world_size, port, timeout_s, args_file = argv
     torch.set_num_threads(1)
-    _join(int(port), int(rank), int(world_size), float(timeout_s))
+    if port != _NO_PORT:
+        _join(int(port), int(rank), int(world_size), float(timeout_s))
     args, kwargs = torch.load(args_file, weights_only=False)
     _load(file, name)(int(rank), int(world_size), *args, **kwargs)
-    dist.destroy_process_group()
+    if port != _NO_PORT:
+        dist.destroy_process_group()
 
 
 def run_fresh(
@@ -194,6 +198,7 @@ def run_fresh(
     deadline_s: float = 60.0,
     kill: dict[int, float | Callable[[], bool]] | None = None,
     env: dict[str, str] | None = None,
+    launched: bool = False,
     **kwargs: Any,
 ) -> list[Ended]:
     """Run ``fn`` in fresh processes and wait for all to end.
@@ -205,15 +210,21 @@ def run_fresh(
         deadline_s: A process still alive after this many seconds fails the test (and is killed).
         kill: ``{rank: when}`` sends SIGKILL to a rank, so many seconds after the start or once ``when()`` is true.
         env: Extra environment variables.
+        launched: Give the processes a launcher's environment variables (as ``torchrun`` does, which keeps the store)
+            in place of a process group.
         kwargs: Keyword arguments for ``fn``.
     """
     file, name = _where(fn)
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if launched:
+        environment |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= env or {}
     with tempfile.TemporaryDirectory() as folder:
         args_file = Path(folder) / "args.pt"
         torch.save((args, kwargs), args_file)
-        start = time.monotonic()
+        start, began = time.monotonic(), time.time()
         processes: list[subprocess.Popen[str]] = []
         ended: dict[int, float] = {}
         logs = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in range(world_size)]
@@ -229,13 +240,13 @@ def run_fresh(
                             name,
                             str(rank),
                             str(world_size),
-                            str(store.port),
+                            _NO_PORT if launched else str(store.port),
                             str(deadline_s),
                             str(args_file),
                         ],
                         stdout=out,
                         stderr=err,
-                        env=environment,
+                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else environment,
                         text=True,
                     )
                 )
@@ -258,7 +269,7 @@ def run_fresh(
                     ended[rank] = now
             time.sleep(0.005)
         results = [
-            Ended(rank, processes[rank].returncode, out.read_text(), err.read_text(), ended[rank])
+            Ended(rank, processes[rank].returncode, out.read_text(), err.read_text(), ended[rank], began + ended[rank])
             for rank, (out, err) in enumerate(logs)
         ]
     if hung:

@@ -205,10 +205,17 @@ class Watcher:
                     if self._stop.wait(_GRACE_S):
                         return
                     context = f" while {wait}" if wait is not None else ""
-                    self._end(f"rank {self.rank} stops{context}: {failure}", EXIT_PEER)
+                    # A rank that waits for nobody may be the one that the others waited for: say what it was doing.
+                    busy = "" if wait is not None else f"\nIts main thread was here:\n{_main_thread()}"
+                    self._end(f"rank {self.rank} stops{context}: {failure}{busy}", EXIT_PEER)
                     return
 
     def _end(self, text: str, code: int) -> None:
         print(f"penstock: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         self._leave(code)
+
+
+def _main_thread() -> str:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "".join(traceback.format_stack(frame)).rstrip() if frame is not None else "  (it has ended)"

@@ -133,7 +133,7 @@ class PipelineEngine:
             weight = 1.0 / (self.micro_batches * self.groups.num_replicas)
             self.exchange.begin_step(lambda: weight)
             self._run(self._program, state)
-            mean = self._mean_of(state.losses, tally)
+            mean = self._mean_of(state, tally)
             self._tied.sum()
             self.exchange.ready(self._tied.parameters)
             # The exchange meters its own waits: only it knows what part of this is waiting.
@@ -161,7 +161,7 @@ class PipelineEngine:
         with self._failures_reported(state), self._evaluating():
             self._prepare(len(batches))
             self._run(self._forward_program(len(batches)), state)
-            mean = self._mean_of(state.losses)
+            mean = self._mean_of(state)
             self._transport.drain()
             return mean.wait()[0]
 
@@ -317,8 +317,16 @@ class PipelineEngine:
         tensors = [tensor.detach() for tensor in value.tensors]
         state.mailbox[direction, to, micro_batch] = Received(value.structure, tensors, wants, value.positions)
 
-    def _mean_of(self, losses: Sequence[Tensor], tally: float = 0.0) -> PendingMean:
-        return PendingMean(losses, tally, group=self.groups.control, watcher=self.watcher, meter=self.meter)
+    def _mean_of(self, state: StepState, tally: float = 0.0) -> PendingMean:
+        return PendingMean(
+            state.losses,
+            tally,
+            step=state.number,
+            training=state.backward,
+            group=self.groups.control,
+            watcher=self.watcher,
+            meter=self.meter,
+        )
 
     @contextmanager
     def _failures_reported(self, state: StepState) -> Iterator[None]:

@@ -1,6 +1,7 @@
-"""The mean loss of a global batch, told to every rank."""
+"""The mean loss of a global batch, told to every rank, once all ranks prove to be computing the same one."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,9 @@ from torch import Tensor
 from penstock._core.meter import CONTROL, Meter
 from penstock._core.waiting import Watcher
 
+_STEPS_TOLD_APART: Final = 1 << 15
+"""Small enough for sums of squares over a million ranks to be exact."""
+
 
 class PendingMean:
     """A sum over all ranks under way: losses, their number, and a tally.
@@ -16,32 +20,57 @@ class PendingMean:
     It starts after a rank's last action and not with its first: an operation that waits in the background counts
     against its group's time limit. Sums are in float64, over one buffer, so every rank is told the same bits.
 
+    A rank that evaluates while others train, or is a step behind them, would mix its losses into theirs. So each rank
+    adds a number for what it is doing, and its square: the numbers are equal if and only if the sum of squares times
+    the number of ranks is the square of the sum.
+
     Args:
         losses: Scalars of this rank; empty on ranks without the last stage.
         tally: A number to add up over all ranks.
+        step: Optimizer step.
+        training: Whether this rank trains or evaluates.
         group: All ranks, on gloo; None for a world of one.
         watcher: Told of the wait.
         meter: Counts the bytes (``control``) and the wait (``wait_loss``).
     """
 
     def __init__(
-        self, losses: Sequence[Tensor], tally: float, *, group: dist.ProcessGroup | None, watcher: Watcher, meter: Meter
+        self,
+        losses: Sequence[Tensor],
+        tally: float,
+        *,
+        step: int,
+        training: bool,
+        group: dist.ProcessGroup | None,
+        watcher: Watcher,
+        meter: Meter,
     ) -> None:
         self._watcher = watcher
         self._meter = meter
-        self._total = torch.zeros(3, dtype=torch.float64)
-        self._total[2] = tally
+        self._doing = f"{'train' if training else 'evaluat'}ing at step {step}"
+        self._ranks = 1 if group is None else dist.get_world_size(group)
+        number = 2 * (step % _STEPS_TOLD_APART) + training
+        self._total = torch.tensor([0.0, len(losses), tally, number, number * number], dtype=torch.float64)
         if losses:
             self._total[0] = torch.stack(list(losses)).double().sum()
-            self._total[1] = len(losses)
         self._work: dist.Work | None = None
         if group is not None:
-            meter.all_reduce(CONTROL, self._total.nbytes, dist.get_world_size(group))
+            meter.all_reduce(CONTROL, self._total.nbytes, self._ranks)
             self._work = dist.all_reduce(self._total, group=group, async_op=True)
 
     def wait(self) -> tuple[float, float]:
-        """The mean loss and the sum of tallies."""
+        """The mean loss and the sum of tallies.
+
+        Raises:
+            ValueError: Not all ranks train, or evaluate, at this step.
+        """
         if self._work is not None:
             with self._meter.timed("wait_loss"), self._watcher.waiting("mean loss"):
                 self._work.wait()
-        return float(self._total[0] / self._total[1]), float(self._total[2])
+        losses, count, tally, numbers, squares = self._total.tolist()
+        if self._ranks * int(squares) != int(numbers) ** 2:
+            raise ValueError(
+                f"this rank is {self._doing}, but not all ranks are; "
+                "every rank must call train_batch and eval_batch in the same order"
+            )
+        return losses / count, tally

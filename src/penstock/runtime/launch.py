@@ -5,6 +5,7 @@ Under ``torchrun``, SLURM or Kubernetes the processes exist already and find eac
 """
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         processes: How many ranks; at least 1.
 
     Returns:
-        0 when all ranks ended well, else the exit code of the first that failed.
+        0 when all ranks ended well, else the exit code of the first that failed (1 if a signal ended it).
     """
     if processes < 1:
         raise ValueError(f"cannot launch {processes} processes; at least 1 is needed")
@@ -58,9 +59,13 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         elastic_launch(config, sys.executable)("-m", "penstock", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"penstock: rank {rank} failed first, with exit code {failure.exitcode}", file=sys.stderr)
+        print(f"penstock: rank {rank} failed first, {_ending(failure.exitcode)}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
+
+
+def _ending(code: int) -> str:
+    return f"with exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
 
 
 def _threads(processes: int) -> int:

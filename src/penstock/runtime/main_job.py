@@ -71,12 +71,10 @@ def train(
     """
     if launched():
         return _join(config_path, overrides, output, resume=resume)
-    if config_path is None:
-        folder = output or DEFAULT_OUTPUT
-        _check_directory(folder, resume=resume, overwrite=overwrite)
-        demo.prepare_corpus(folder / CORPUS_NAME, _say)
     config, folder = _load(config_path, overrides, output)
     _check_directory(folder, resume=resume, overwrite=overwrite)
+    if config_path is None:
+        demo.prepare_corpus((output or DEFAULT_OUTPUT) / CORPUS_NAME, _say)
     # What can be refused is refused here, once, and not by every process.
     processes = config.pipe.stages * (config.data_parallel.replicas or 1)
     prepare(_model(config), config, world_size=processes)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from penstock._core.waiting import Watcher
 from penstock.pipe.agreement import agree
@@ -76,12 +77,10 @@ def _init_process_group(backend: str, deadline_s: float) -> None:
     """As ``dist.init_process_group(backend)``, but ranks that do not arrive are named."""
     timeout = datetime.timedelta(seconds=deadline_s)
     watcher = Watcher(rank=int(os.environ["RANK"]), deadline_s=deadline_s)
-    with watcher.waiting("reaching the rendezvous store"):
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    agree(
-        "the start", {"number of processes": world_size}, store=store, rank=rank, world_size=world_size, watcher=watcher
-    )
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=world_size, timeout=timeout
-    )
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    # torch's own limit is the same; the watcher's comes a little later.
+    with watcher.waiting(f"joining {os.environ['WORLD_SIZE']} processes at the store of rank 0, {place}"):
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    facts = {"number of processes": world_size}
+    agree("the start", facts, store=store, rank=rank, world_size=world_size, watcher=watcher)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
