@@ -2,8 +2,9 @@
 
 import datetime
 import os
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,10 @@ from penstock.runtime.launch import launched
 
 if TYPE_CHECKING:  # a compiled type: torch.distributed exports it at run time only
     from torch._C._distributed_c10d import Store
+
+# Gloo's threads take the interpreter to let go of the last collectives. One that comes for it when the interpreter is
+# gone already aborts a process that was about to end well ("terminate called without an active exception").
+_LET_GO_S: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Process:
         """End the process group if :meth:`join` made it."""
         if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
+            time.sleep(_LET_GO_S)
 
 
 def _init_process_group(backend: str, deadline_s: float) -> None:
