@@ -51,6 +51,25 @@ def test_to_a_file_and_back(model_file: Path, tmp_path: Path, name: str) -> None
         assert packed.stat().st_size < model_file.stat().st_size / 10
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"), [("fp16", {"large", "mask"}), ("bf16", {"mask"}), ("onebit", {"mask", "lost"})]
+)
+def test_a_value_that_would_spoil_its_tensor_keeps_it_as_it_is(tmp_path: Path, name: str, kept: set[str]) -> None:
+    tensors = {
+        "large": torch.tensor([1e6, 1.0]),
+        "mask": torch.tensor([0.0, -torch.inf]),
+        "lost": torch.tensor([torch.nan, 1.0]),
+        "plain": torch.tensor([0.3, -0.7]),
+    }
+    packed = tmp_path / "packed.safetensors"
+    write_compressed(packed, tensors, create_compression_algorithm(name))
+    after, _ = read_compressed(packed)
+    for key in kept:
+        torch.testing.assert_close(after[key], tensors[key], rtol=0, atol=0, equal_nan=True)
+    assert all(tensor.isfinite().tolist() == tensors[key].isfinite().tolist() for key, tensor in after.items())
+    assert not torch.equal(after["plain"], tensors["plain"])
+
+
 def test_options_travel_with_the_file(model_file: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed.safetensors"
     options = ["--option", "block_size=8", "--option", "scale=rms"]
@@ -135,6 +154,9 @@ def test_broken_and_foreign_files_are_named(model_file: Path, tmp_path: Path) ->
         (["--output", "x"], "--output needs exactly one --algorithm, got 0"),
         (["--option", "block_size=8"], "--option needs exactly one --algorithm, got 0"),
         (["--algorithm", "onebit", "--option", "block_size"], "an option is NAME=VALUE"),
+        (["--algorithm", "onebit", "--option", "block_size=many"], "positive multiple of 8"),
+        (["--algorithm", "onebit", "--option", "block_size=1e3"], "positive multiple of 8"),
+        (["--algorithm", "onebit", "--output", "/dev/null/x"], "/dev/null"),
         (["--decompress"], "give --output FILE"),
         (["--decompress", "--output", "x", "--algorithm", "none"], "leave out --algorithm"),
     ],

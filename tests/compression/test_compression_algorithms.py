@@ -153,5 +153,31 @@ def test_the_configuration_checks_everything_at_once() -> None:
         CompressionConfig(algorithm="onbit")
     with pytest.raises(ValueError, match="multiple of 8"):
         CompressionConfig(options={"block_size": 3})
-    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+    with pytest.raises(ValueError, match="unknown key 'algoritm'; did you mean 'algorithm'"):
         CompressionConfig.model_validate({"algoritm": "none"})
+
+
+class Nameless(Halve):
+    name = "another"
+
+
+class Forgetful(Halve):
+    name = "forgetful"
+
+    def __init__(self, *, ratio: float = 0.5) -> None:
+        super().__init__(factor=ratio)
+
+
+def test_a_class_must_be_found_again_by_what_it_says_of_itself() -> None:
+    with pytest.raises(ValueError, match="cannot register Nameless as 'halved': its attribute name is 'another'"):
+        register_compression_module("halved", Nameless)
+    assert "halved" not in known_algorithms()
+    register_compression_module("forgetful", Forgetful)
+    with pytest.raises(ValueError, match=r"takes the option 'ratio' but has no attribute .* set self.ratio"):
+        create_compression_algorithm("forgetful", {"ratio": 0.25})
+
+
+@pytest.mark.parametrize("block_size", ["abc", 1024.0, 1000.0, True, None, 4, 12])
+def test_a_block_is_a_whole_number_of_bytes(block_size: object) -> None:
+    with pytest.raises(ValueError, match="block_size must be a positive multiple of 8"):
+        create_compression_algorithm("onebit", {"block_size": block_size})

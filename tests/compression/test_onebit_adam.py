@@ -223,3 +223,12 @@ def test_a_nan_raises_before_anything_changes() -> None:
     assert torch.equal(p.detach(), torch.ones(3))
     assert optimizer.state[p]["step"] == 0
     assert not optimizer.state[p]["exp_avg"].any()
+
+
+def test_a_group_without_parameters_is_allowed_as_in_torch() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = OneBitAdam([{"params": []}, {"params": [parameter]}], lr=0.1, freeze_step=1)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.compressing
+    assert parameter.tolist() == pytest.approx([0.9] * 3)

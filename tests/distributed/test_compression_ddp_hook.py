@@ -110,6 +110,97 @@ def test_memories_are_restored_bitwise(pool: WorkerPool) -> None:
     assert pool.run(resume, 2) == [[True, True]] * 2
 
 
+class Crossed(nn.Module):
+    """Equal layers that run in another order than they are registered in, and one that does not run at all."""
+
+    def __init__(self, *, unused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Linear(50, 50, bias=False) for _ in range(4)).double()
+        self.order = (2, 0, 3, 1)
+        if unused:
+            self.unused = nn.Linear(50, 50, bias=False).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index in self.order:
+            x = torch.tanh(self.layers[index](x))
+        return x
+
+
+def crossed(*, unused: bool = False, **options: Any) -> tuple[DistributedDataParallel, DDPCompression]:
+    model = DistributedDataParallel(Crossed(unused=unused), bucket_cap_mb=25, find_unused_parameters=unused)
+    state = DDPCompression(create_compression_algorithm("onebit"), **options)
+    model.register_comm_hook(state, ddp_compression_hook)
+    return model, state
+
+
+def owed_after_each_step(rank: int, world_size: int) -> list[Any]:
+    model, state = crossed()
+    result = []
+    for step in range(3):
+        gradients(model, rank, step)
+        saved = state.state_dict()
+        result.append((saved["bucket_000.parameters"], saved["bucket_000.worker"].clone()))
+    return [result, gradients(Crossed(unused=False), rank, 1)]
+
+
+def test_equal_parameters_that_change_places_do_not_inherit_each_others_memory(pool: WorkerPool) -> None:
+    onebit = create_compression_algorithm("onebit")
+    for ((first, _), (second, owed), (third, _)), local in pool.run(owed_after_each_step, 2):
+        assert first == [0, 1, 2, 3]
+        assert sorted(second) == first != second  # DDP did rearrange its one bucket, of four equal shapes
+        assert third == second
+        # The second step owes what one compression of its gradient alone leaves, chunk by chunk (half of the elements,
+        # up to a multiple of 64).
+        expected = torch.cat([local[number].flatten() for number in second])
+        for chunk in expected.split(5056):
+            onebit.compress_residual_(chunk)
+        torch.testing.assert_close(owed, expected, rtol=1e-12, atol=1e-15)
+
+
+def restart(rank: int, world_size: int) -> list[Any]:
+    model, state = crossed()
+    for step in range(3):
+        gradients(model, rank, step)
+    saved = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.state_dict().items()}
+    again, fresh = crossed()
+    fresh.load_state_dict(saved)
+    owed = []
+    for step in (3, 4):
+        gradients(again, rank, step)
+        now = fresh.state_dict()
+        owed.append((now["bucket_000.parameters"], now["bucket_000.worker"].clone()))
+    return [saved, owed, [gradients(Crossed(unused=False), rank, step) for step in (3, 4)]]
+
+
+def test_a_restarted_run_takes_its_memories_when_their_bucket_comes(pool: WorkerPool) -> None:
+    onebit = create_compression_algorithm("onebit")
+    for saved, owed, local in pool.run(restart, 2):
+        layout = saved["bucket_000.parameters"]
+        assert owed[0][0] != layout == owed[1][0]
+        # At first the saved memory is another layout's and waits, then it is added to the gradient.
+        before = [torch.zeros(10000, dtype=torch.float64), saved["bucket_000.worker"]]
+        for (numbers, left), waiting, gradient in zip(owed, before, local, strict=True):
+            expected = waiting + torch.cat([gradient[number].flatten() for number in numbers])
+            for chunk in expected.split(5056):
+                onebit.compress_residual_(chunk)
+            torch.testing.assert_close(left, expected, rtol=1e-12, atol=1e-15)
+
+
+def with_an_unused_layer(rank: int, world_size: int) -> list[Any]:
+    model, state = crossed(unused=True)
+    got = [gradients(model, rank, step) for step in range(4)]
+    return [got, sorted(name for name in state.state_dict() if name.endswith("parameters"))]
+
+
+def test_a_layer_that_does_not_run_leaves_the_ranks_equal(pool: WorkerPool) -> None:
+    (ours, names), (theirs, _) = pool.run(with_an_unused_layer, 2)
+    for a, b in zip(ours, theirs, strict=True):
+        assert len(a) == len(b)
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert names
+
+
 def test_warm_up_cannot_be_negative() -> None:
     with pytest.raises(ValueError, match="got -2"):
         DDPCompression(None, warmup_steps=-2)

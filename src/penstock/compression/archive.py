@@ -74,7 +74,8 @@ def write_compressed(
 ) -> int:
     """Compress each floating tensor and write all of them to one file, atomically; returns the file's bytes.
 
-    Tensors that are not floating pass unchanged, as does everything under a lossless algorithm.
+    Tensors that are not floating pass unchanged, as does everything under a lossless algorithm, and a tensor of which
+    the payload would hold a NaN or an infinity: one such value (a mask's, or one beyond float16) would spoil others.
 
     Args:
         path: Where to write.
@@ -85,11 +86,12 @@ def write_compressed(
     entries: list[_Entry] = []
     parts: dict[str, Tensor] = {}
     for index, (name, tensor) in enumerate(tensors.items()):
-        compressed = str(tensor.dtype).removeprefix("torch.") in _FLOATS and not algorithm.lossless
         dtype = str(tensor.dtype).removeprefix("torch.")
+        payload = algorithm.compress(tensor) if dtype in _FLOATS and not algorithm.lossless else {}
+        compressed = bool(payload) and all(_is_finite(part) for part in payload.values())
         entries.append(_Entry(name=name, shape=list(tensor.shape), dtype=dtype, compressed=compressed))
         if compressed:
-            parts.update({f"{index}/{field}": part for field, part in algorithm.compress(tensor).items()})
+            parts.update({f"{index}/{field}": part for field, part in payload.items()})
         else:
             parts[str(index)] = tensor.contiguous()
     header = _Header(
@@ -146,3 +148,7 @@ def _restore(
             raise CorruptFileError(f"{path}: the {field.name} of tensor {entry.name!r} do not fit shape {entry.shape}")
         payload[field.name] = part
     return algorithm.decompress(payload, torch.empty(entry.shape, dtype=_FLOATS[entry.dtype]))
+
+
+def _is_finite(part: Tensor) -> bool:
+    return not part.is_floating_point() or bool(torch.isfinite(part).all())

@@ -1,9 +1,11 @@
 """What a user writes to choose a compressor."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from penstock._core.suggest import unknown_name
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.registry import create_compression_algorithm
 
@@ -24,6 +26,15 @@ class CompressionConfig(BaseModel):
     algorithm: str = "onebit"
     options: dict[str, Any] = Field(default_factory=dict)
     error_feedback: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(unknown_name("key", str(key), cls.model_fields))
+        return values
 
     @model_validator(mode="after")
     def _known(self) -> Self:

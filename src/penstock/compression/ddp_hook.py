@@ -66,7 +66,10 @@ class DDPCompression:
         self._meter = meter
         self._watcher = watcher
         self._slots: dict[int, _Slot] = {}
-        self._loaded: dict[str, Tensor] = {}
+        # A bucket names no parameters, so each gets the number of its first appearance. The first step of a run shows
+        # DDP's first layout, which depends on the model alone: the numbers mean the same after a restart.
+        self._numbers: dict[Tensor, int] = {}
+        self._loaded: dict[str, Any] = {}
         self._in_flight: list[_Launched] = []
 
     def launch(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -85,22 +88,25 @@ class DDPCompression:
                 work.reduction.advance()
             for work in launched:
                 work.finish()
+            for index in [index for index in self._slots if index > bucket.index()]:  # of the layout before
+                del self._slots[index]
             self.step += 1
         return future
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and each bucket's error memories."""
+        """The step count and, for each bucket, its error memories and the numbers of its parameters."""
         state: dict[str, Any] = {"step": self.step}
         for index, slot in sorted(self._slots.items()):
             if slot.memory is not None:
                 state.update({f"bucket_{index:03d}.{name}": t for name, t in slot.memory.tensors().items()})
+                state[f"bucket_{index:03d}.parameters"] = list(slot.numbers)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore; memories are matched to buckets when DDP first shows them, and dropped where the sizes differ.
+        """Restore; a bucket gets its memories when DDP first shows it with the same parameters in the same order.
 
-        A resumed DDP rearranges its buckets again after its first step, so a resume with more than one bucket is
-        not bitwise; Penstock's own reducer, whose layout is fixed, is.
+        A resumed DDP rearranges its buckets again after its first step. Memories of the rearranged buckets wait for
+        that: nothing is lost, but such a resume is not bitwise; Penstock's own reducer, whose layout is fixed, is.
         """
         self.step = int(state["step"])
         self._slots.clear()
@@ -108,23 +114,28 @@ class DDPCompression:
 
     def _slot_for(self, bucket: GradBucket) -> "_Slot":
         index, buffer = bucket.index(), bucket.buffer()
-        shapes = tuple(tuple(parameter.shape) for parameter in bucket.parameters())
+        numbers = tuple(self._numbers.setdefault(p, len(self._numbers)) for p in bucket.parameters())
         slot = self._slots.get(index)
-        if slot is None or slot.shapes != shapes or slot.flat.numel() != buffer.numel():
-            slot = self._slots[index] = self._new_slot(buffer, shapes)
-            if slot.memory is not None:
-                for name, memory in slot.memory.tensors().items():
-                    saved = self._loaded.get(f"bucket_{index:03d}.{name}")
-                    if saved is not None and saved.shape == memory.shape:
-                        memory.copy_(saved)
+        if slot is None or slot.numbers != numbers or slot.flat.numel() != buffer.numel():
+            slot = self._slots[index] = self._new_slot(buffer, numbers)
+            self._take_loaded(f"bucket_{index:03d}", slot)
         return slot
 
-    def _new_slot(self, buffer: Tensor, shapes: tuple[tuple[int, ...], ...]) -> "_Slot":
+    def _take_loaded(self, name: str, slot: "_Slot") -> None:
+        """Move a loaded bucket's memories into its slot, once, if the bucket is the same."""
+        if slot.memory is None or self._loaded.get(f"{name}.parameters") != list(slot.numbers):
+            return
+        for part, memory in slot.memory.tensors().items():
+            saved = self._loaded.pop(f"{name}.{part}", None)
+            if saved is not None and saved.shape == memory.shape:
+                memory.copy_(saved)
+
+    def _new_slot(self, buffer: Tensor, numbers: tuple[int, ...]) -> "_Slot":
         compresses = self._algorithm is not None and not self._algorithm.lossless
         flat = torch.zeros_like(buffer, dtype=memory_dtype(buffer.dtype) if compresses else buffer.dtype)
         memory = ErrorMemory.for_tensor(flat, self._group) if self._error_feedback else None
         factor = 1.0 / ranks_of(self._group)
-        return _Slot(shapes, flat, memory, *self._reductions(flat, memory, factor))
+        return _Slot(numbers, flat, memory, *self._reductions(flat, memory, factor))
 
     def _reductions(self, flat: Tensor, memory: ErrorMemory | None, factor: float) -> tuple[Reduction, Reduction]:
         plain = make_reduction(flat, None, self._group, factor=factor, meter=self._meter, watcher=self._watcher)
@@ -150,13 +161,13 @@ def ddp_compression_hook(state: DDPCompression, bucket: GradBucket) -> torch.fut
 class _Slot:
     def __init__(
         self,
-        shapes: tuple[tuple[int, ...], ...],
+        numbers: tuple[int, ...],
         flat: Tensor,
         memory: ErrorMemory | None,
         plain: Reduction,
         compressed: Reduction,
     ) -> None:
-        self.shapes = shapes
+        self.numbers = numbers
         self.flat = flat
         self.memory = memory
         self.plain = plain

@@ -18,7 +18,8 @@ def register_compression_module(name: str, cls: type[CompressionAlgorithm]) -> N
     """Make an algorithm class known under a name. Registering the same class again does nothing.
 
     Raises:
-        ValueError: The name is taken by another class, or ``cls`` is not a complete algorithm class.
+        ValueError: The name is taken by another class, is not the class's own ``name``, or ``cls`` is not a complete
+            algorithm class.
     """
     if not isinstance(cls, type) or not issubclass(cls, CompressionAlgorithm):
         raise ValueError(f"cannot register {cls!r} as {name!r}: not a subclass of CompressionAlgorithm")
@@ -27,12 +28,16 @@ def register_compression_module(name: str, cls: type[CompressionAlgorithm]) -> N
         raise ValueError(f"cannot register {cls.__name__} as {name!r}: it does not implement {missing}")
     if not name:
         raise ValueError(f"cannot register {cls.__name__} under an empty name")
-    taken = _classes.setdefault(name, cls)
+    taken = _classes.get(name, cls)
     if taken is not cls:
         raise ValueError(
             f"compression algorithm {name!r} is already registered as {taken.__module__}.{taken.__qualname__}; "
             f"register {cls.__module__}.{cls.__qualname__} under another name"
         )
+    own = getattr(cls, "name", None)
+    if own != name:  # a compressed file keeps the class's own name, by which it must be found again
+        raise ValueError(f"cannot register {cls.__name__} as {name!r}: its attribute name is {own!r}; make them equal")
+    _classes[name] = cls
 
 
 def known_algorithms() -> list[str]:
@@ -52,7 +57,8 @@ def create_compression_algorithm(name: str, config: Mapping[str, Any] | None = N
     """Make an algorithm from its name and its options, ``{"block_size": 2048}`` for ``"onebit"`` for example.
 
     Raises:
-        ValueError: The name or an option is unknown (the message lists the known ones), or a value is out of range.
+        ValueError: The name or an option is unknown (the message lists the known ones), a value is out of range, or
+            the class keeps an option under another name than it takes it (:meth:`CompressionAlgorithm.options`).
     """
     cls = get_compression_class(name)
     options = dict(config or {})
@@ -60,7 +66,14 @@ def create_compression_algorithm(name: str, config: Mapping[str, Any] | None = N
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of compression algorithm {name!r}:", option, known))
-    return cls(**options)
+    algorithm = cls(**options)
+    for option in known:
+        if not hasattr(algorithm, option):
+            raise ValueError(
+                f"{cls.__name__} takes the option {option!r} but has no attribute of that name; set self.{option}, so "
+                "that files and checkpoints can say how the algorithm was made"
+            )
+    return algorithm
 
 
 def get_compression_module(name: str, config: Mapping[str, Any] | None = None) -> "CompressionModule":

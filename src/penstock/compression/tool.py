@@ -183,6 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             decompress=arguments.decompress,
             fused=not arguments.per_tensor,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -45,8 +45,9 @@ class OneBit(CompressionAlgorithm):
     name = "onebit"
 
     def __init__(self, *, block_size: int = 1024, scale: Literal["l1", "rms"] = "l1") -> None:
-        if block_size < 8 or block_size % 8:
-            raise ValueError(f"block_size must be a positive multiple of 8 (whole bytes), got {block_size}")
+        whole = isinstance(block_size, int) and not isinstance(block_size, bool)
+        if not whole or block_size < 8 or block_size % 8:
+            raise ValueError(f"block_size must be a positive multiple of 8 (whole bytes), got {block_size!r}")
         if scale not in ("l1", "rms"):
             raise ValueError(f"unknown scale {scale!r}; known: 'l1' (mean absolute value), 'rms' (root mean square)")
         self.block_size = block_size

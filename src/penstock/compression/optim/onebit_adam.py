@@ -34,8 +34,9 @@ class OneBitAdam(Optimizer):
     Give every replica the same initial parameters and do *not* average gradients elsewhere: :meth:`step` expects in
     ``.grad`` the replica's own gradient, whose mean over the replicas is the gradient to descend. A parameter without
     a gradient counts as having zeros, because the other replicas may have one; a parameter that does not require one
-    is left alone. Parameters stay bitwise equal on all
-    replicas. With one replica nothing is sent, so nothing is compressed: Adam with a variance that freezes.
+    is left alone. Parameters stay bitwise equal on all replicas. With one replica nothing is sent, so nothing is
+    compressed: Adam with a variance that freezes. Moments of half-precision parameters are float32, but there is no
+    float32 copy of the parameters themselves.
 
     The warm-up is bitwise ``torch.optim.AdamW`` (for float32 and float64) on the averaged gradient, with decoupled
     weight decay, and goes on from AdamW's state dict. Parameter groups never share a bucket; put each tied weight,
@@ -294,8 +295,8 @@ class OneBitAdam(Optimizer):
         return self._buckets
 
     def _steps_done(self) -> int:
-        first = self.param_groups[0]["params"][0]
-        return int(self.state[first]["step"])
+        first = next(iter(self.state.values()))  # all count alike; a group may be empty, the optimizer may not
+        return int(first["step"])
 
 
 def _check_group(param_group: Mapping[str, Any]) -> None:
