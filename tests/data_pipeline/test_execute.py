@@ -332,3 +332,16 @@ def test_other_mistakes() -> None:
     stranger = torch.optim.SGD(make_mlp().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="none of the model's parameters"):
         execute_data_pipeline(make_mlp(), _loader(), {"optimizer": stranger, "loss_fn": "mse"})
+
+
+def test_gradients_from_before_have_no_say_and_a_failed_step_leaves_none() -> None:
+    fresh, used = make_mlp(), make_mlp()
+    used.eval()(torch.ones(1, 3)).sum().backward()  # in evaluation mode: the batch norm's statistics stay
+    config = {"optimizer": {"name": "sgd", "lr": 0.1}, "loss_fn": "mse"}
+    for model in (fresh, used):
+        execute_data_pipeline(model, _loader(), config)
+    assert _same(_bits(fresh), _bits(used))
+    broken = _Exploding()
+    with pytest.raises(NonFiniteLossError):
+        execute_data_pipeline(broken, [torch.tensor(float("nan"))], {"optimizer": {"name": "sgd", "lr": 0.5}})
+    assert broken.weight.grad is None

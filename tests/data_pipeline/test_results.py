@@ -84,3 +84,10 @@ def test_other_weights_are_refused_before_anything_changes(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"embedding.weight is \(5, 4\)"):
         load_weights(model, save_weights(_Tied(4), tmp_path / "w.safetensors"))
     assert torch.equal(model.embedding.weight, before)
+
+
+def test_text_arrays_are_text_and_no_tensor_takes_anothers_place(tmp_path: Path) -> None:
+    path = process_and_save_results([{"names": np.array([["a", "b"]])}], tmp_path / "r.json")
+    assert json.loads(path.read_text()) == [{"names": [["a", "b"]]}]
+    with pytest.raises(ValueError, match=r"result 000000\.a\.b: two entries"):
+        process_and_save_results([{"a.b": torch.zeros(2), "a": {"b": torch.ones(2)}}], tmp_path / "r.json")

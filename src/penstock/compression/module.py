@@ -63,7 +63,7 @@ class CompressionModule:
         self._memories: dict[str, ErrorFeedback] = {}
 
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
-        """Compress and decompress: a new tensor of the same shape and dtype, as a receiver would see it; no gradient."""
+        """Compress and decompress: a new tensor of the same shape and dtype, as a receiver would see it."""
         tensor = tensor.detach()
         seen = self.decompress(
             self.compress(tensor, name), torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -15,6 +15,7 @@ from penstock.data_pipeline.configuration import validate_config
 from penstock.data_pipeline.settings import TrainingConfig
 from penstock.data_pipeline.steps import (
     LOGGER_NAME,
+    NonFiniteLossError,
     call_model,
     check_finite,
     compute_loss,
@@ -60,7 +61,8 @@ def execute_data_pipeline(
 
     Raises:
         ValueError: The configuration or a batch is wrong.
-        NonFiniteLossError: The loss of a training step is not finite; that step changed no weight.
+        NonFiniteLossError: The loss of a training step is not finite; that step changed no weight and leaves no
+            gradients.
     """
     config = validate_config(TrainingConfig, {} if training_config is None else training_config, "training_config")
     if isinstance(model, BatchEngine):
@@ -91,6 +93,8 @@ def _module_steps(model: nn.Module, loader: Iterable[Any], config: TrainingConfi
     if device is not None:
         model.to(device)
     optimizer = build_optimizer(config.optimizer, model) if config.mode == "train" else None
+    if optimizer is not None:  # whatever ran before may have left gradients
+        optimizer.zero_grad(set_to_none=True)
     step = 0
     for epoch, batches in enumerate(_epochs(loader, config)):
         for group in _groups(batches, config.gradient_accumulation_steps):
@@ -125,7 +129,11 @@ def _train_step(
         (loss / len(batches) if len(batches) > 1 else loss).backward()
         losses.append(loss.detach())
     # One look at the device per step; in double so that the mean of half-precision losses is not rounded.
-    mean = check_finite(float(torch.stack(losses).double().mean()), step)
+    try:
+        mean = check_finite(float(torch.stack(losses).double().mean()), step)
+    except NonFiniteLossError:
+        optimizer.zero_grad(set_to_none=True)  # who catches the error and goes on must not go on with these
+        raise
     norm = optimize_model(optimizer, max_grad_norm=max_grad_norm)
     return {"loss": mean} if norm is None else {"loss": mean, "grad_norm": norm}
 

@@ -52,11 +52,15 @@ def process_and_save_results(results: Iterable[Mapping[str, Any]], path: str | o
 
 
 def _plain(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "US":
+        value = value.tolist()
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
         if value.numel() == 1 and value.ndim == 0:
             return _plain(value.item(), place, tensors)
+        if place in tensors:
+            raise ValueError(f"result {place}: two entries have this place; use keys without dots, or other ones")
         # A copy of its own: safetensors refuses tensors that share storage.
         tensors[place] = value.detach().cpu().clone().contiguous()
         return {"tensor": place, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}

@@ -142,3 +142,18 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             DataAnalyzer(dataset, output_dir=tmp_path / "x", **options).run()
     assert not (tmp_path / "x").exists()
+
+
+def test_integer_types_may_differ_from_sample_to_sample(tmp_path: Path) -> None:
+    corpus = [[1, 2], [3, 4, 1], [], [5]]
+    kinds = [np.uint64, np.int64, np.float64, np.uint8]  # an empty list is float64 to numpy
+    check([np.array(s, dtype=kind) for s, kind in zip(corpus, kinds, strict=True)], corpus, tmp_path)
+
+
+def test_floats_have_a_length_but_no_frequency(tmp_path: Path) -> None:
+    with IndexedDatasetBuilder(tmp_path / "floats", np.float32) as builder:
+        builder.add_document([0.5, 1.5])
+    floats = IndexedDataset(tmp_path / "floats")
+    assert DataAnalyzer(floats, ["seqlen"], tmp_path / "a").run().values("seqlen").tolist() == [2]
+    with pytest.raises(ValueError, match="only integer tokens can be counted, got float32"):
+        DataAnalyzer(floats, output_dir=tmp_path / "b").run()

@@ -112,5 +112,7 @@ def test_mistakes_are_named() -> None:
         DifficultyMetric("m", np.array([0, np.nan]), linear(4, 6, 10))
     with pytest.raises(ValueError, match="percentiles lie above 0"):
         DifficultyMetric("m", values, linear(0, 6, 10), "percentile")
+    with pytest.raises(ValueError, match="the difficulties run from 5 to 101"):
+        DifficultyMetric("m", values, linear(5, 101, 10), "percentile")
     with pytest.raises(ValueError, match="one number per sample"):
         DifficultyMetric("m", np.array(["a"]), linear(0, 6, 10))

@@ -141,3 +141,13 @@ def test_other_mistakes_are_named() -> None:
         schedule.get_difficulty(-1)
     with pytest.raises(ValueError, match="only schedule_type 'custom'"):
         schedule.set_custom_get_difficulty(lambda step: step)
+
+
+def test_deepspeeds_other_names_do_the_same() -> None:
+    schedule = CurriculumScheduler(config("fixed_linear", 8, 64, total_curriculum_step=7, difficulty_step=8))
+    assert schedule.set_current_difficulty(32) == schedule.get_current_difficulty() == 32
+    other = CurriculumScheduler(schedule.config)
+    other.set_state(schedule.get_state())
+    assert other.get_current_difficulty() == 32
+    with pytest.raises(ValueError, match="72 is not in this schedule's range of 8 to 64"):
+        schedule.set_current_difficulty(72)

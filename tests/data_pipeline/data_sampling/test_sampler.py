@@ -299,3 +299,21 @@ def test_other_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="got -1"):
         sampler.difficulty_at(-1)
     assert sampler.difficulty_at(0) == {}
+
+
+def test_labels_of_a_pandas_column_are_text() -> None:
+    labels = ["a", "b", "a", "c"] * 3
+    expected = DataSampler(VALUES, {"strategy": "stratified", "labels": labels}).sample_at(range(12))
+    for column in (pd.Series(labels, dtype=object), np.array(labels, dtype=object)):
+        found = DataSampler(VALUES, {"strategy": "stratified", "labels": column})
+        assert found.sample_at(range(12)).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="numbers or strings, got object"):
+        DataSampler(VALUES, {"strategy": "stratified", "labels": ["a", None, 3] * 4})
+
+
+def test_a_series_is_read_by_position_and_a_number_is_no_data() -> None:
+    series = pd.Series([10, 11, 12], index=[2, 0, 1])
+    assert DataSampler(series, {"strategy": "sequential"}).execute_data_pipeline() == [10, 11, 12]
+    for single in (np.array(3), torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"a single .*int64 number"):
+            DataSampler(single)

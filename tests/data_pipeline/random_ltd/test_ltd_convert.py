@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -141,3 +143,32 @@ def test_training_with_dropping_changes_the_output_and_eval_does_not():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_torchs_own_encoder_can_be_converted(batch_first, masked):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = copy.deepcopy(plain)
+    order = "batch_seq_dim" if batch_first else "seq_batch_dim"
+    schedule = {"min_value": 4, "max_value": 6, "schedule_config": {"require_steps": 10, "seq_per_step": 1}}
+    section = {
+        "total_layer_num": 2,
+        "random_ltd_layer_num": 2,
+        "random_ltd_layer_id": [0, 1],
+        "hidden_state_order": order,
+    }
+    convert_to_random_ltd(model, nn.TransformerEncoderLayer, {**section, "random_ltd_schedule": schedule})
+    x = torch.randn((3, 6, 8) if batch_first else (6, 3, 8))
+    mask = nn.Transformer.generate_square_subsequent_mask(6) if masked else None
+    padding = torch.zeros(3, 6).masked_fill(torch.arange(6) >= 5, -torch.inf)
+    out = model(x, mask=mask, src_key_padding_mask=padding)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert model.layers[0].computed_tokens == 12
+    assert model.layers[0].linear1 is model.layers[0].random_ltd_layer.linear1  # looked up in the layer itself
+    assert torch.equal(model.eval()(x, mask=mask), plain.eval()(x, mask=mask))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = model.layers[0].nothing

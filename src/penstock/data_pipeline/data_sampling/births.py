@@ -54,10 +54,11 @@ class DifficultyMetric:
             raise ValueError(
                 f"metric {self.name!r}: a custom schedule needs schedule_config.total_curriculum_step to order samples"
             )
-        if self.difficulty_type == "percentile" and not 0 < self.scheduler.min_difficulty <= 100:
+        lowest, highest = self.scheduler.min_difficulty, self.scheduler.max_difficulty
+        if self.difficulty_type == "percentile" and not 0 < lowest <= highest <= 100:
             raise ValueError(
-                f"metric {self.name!r}: percentiles lie above 0 and up to 100, but min_difficulty is "
-                f"{self.scheduler.min_difficulty}"
+                f"metric {self.name!r}: percentiles lie above 0 and up to 100, but the difficulties run from {lowest} "
+                f"to {highest}"
             )
 
     def blocks(self, difficulties: Sequence[Difficulty]) -> npt.NDArray[np.int64]:

@@ -157,6 +157,15 @@ class CurriculumScheduler:
         self._current = self.get_difficulty(step)
         return self._current
 
+    def set_current_difficulty(self, difficulty: Difficulty) -> Difficulty:
+        """Set the current difficulty, until the next :meth:`update_difficulty`, and return it.
+
+        Raises:
+            ValueError: It is not between ``min_difficulty`` and ``max_difficulty``.
+        """
+        self.load_state_dict({"current_difficulty": difficulty})
+        return self._current
+
     def set_custom_get_difficulty(self, get_difficulty: Callable[[int], Difficulty]) -> None:
         """Give a ``custom`` schedule its function from step to difficulty.
 
@@ -220,6 +229,14 @@ class CurriculumScheduler:
             return int(rounded)
         return float(rounded)
 
+    def get_state(self) -> dict[str, Any]:
+        """Same as :meth:`state_dict`."""
+        return self.state_dict()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Same as :meth:`load_state_dict`."""
+        self.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
         """The current difficulty, as plain values."""
         return {"current_difficulty": self._current}
@@ -233,8 +250,8 @@ class CurriculumScheduler:
         current = state.get("current_difficulty")
         if not isinstance(current, int | float) or not self.min_difficulty <= current <= self.max_difficulty:
             raise ValueError(
-                f"the state's difficulty {current!r} is not in this schedule's range of {self.min_difficulty} to "
-                f"{self.max_difficulty}; it was saved under another schedule"
+                f"the difficulty {current!r} is not in this schedule's range of {self.min_difficulty} to "
+                f"{self.max_difficulty}; if it comes from a saved state, that was of another schedule"
             )
         self._current = current
 

@@ -37,10 +37,12 @@ def count_tokens(
         The sums, int64; ``counts`` itself, added to in place, if it was long enough.
 
     Raises:
-        ValueError: A token number is negative or beyond the vocabulary.
+        ValueError: The tokens are not integers, or one is negative or beyond the vocabulary.
     """
     if not tokens.size:
         return counts
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"only integer tokens can be counted, got {tokens.dtype}; seqlen needs no counts")
     low, high = int(tokens.min()), int(tokens.max())
     limit = MAX_VOCABULARY if vocabulary_size is None else vocabulary_size
     if low < 0 or high >= limit:
@@ -48,7 +50,7 @@ def count_tokens(
             f"token numbers run from {low} to {high}, but the vocabulary has {limit}; "
             "give the right vocabulary_size, or mend the tokens"
         )
-    found = np.bincount(tokens, minlength=len(counts))
+    found = np.bincount(tokens.astype(np.int64, copy=False), minlength=len(counts))
     if len(found) > len(counts):
         found[: len(counts)] += counts
         return found.astype(np.int64, copy=False)

@@ -88,7 +88,8 @@ def _any(dataset: Any, batch_tokens: int, tokens_of: Callable[[Any], Any]) -> It
         if parts and held + len(tokens) + 1 > batch_tokens:
             yield _joined(start, parts)
             start, held, parts = index, 0, []
-        parts.append(tokens if tokens.size else tokens.astype(np.int64))
+        # numpy would join int64 and uint64 as floats; an empty list is one already.
+        parts.append(tokens.astype(np.int64) if tokens.dtype.kind != "i" else tokens)
         held += len(tokens) + 1
     if parts:
         yield _joined(start, parts)

@@ -86,6 +86,8 @@ class DataSampler(Sampler[list[int]]):
                 f"{type(data).__name__} can only be iterated, but an order needs samples by number: give a dataset "
                 "with __len__ and __getitem__ (a list of its samples, for example)"
             )
+        if getattr(data, "ndim", 1) == 0:
+            raise ValueError(f"the data source is a single {data.dtype} number; give a list or array of samples")
         if isinstance(data, Mapping):
             raise ValueError("the data source is a table of names; give its samples as a list, or an Arrow table")
         return data

@@ -87,6 +87,8 @@ def _per_sample(name: str, given: Any, data: Any) -> npt.NDArray[Any]:
     """One label or weight per sample, from an array or a function of the sample."""
     function: Callable[[Any], Any] | None = given if callable(given) else None
     values = np.asarray(given if function is None else [function(data[index]) for index in range(len(data))])
+    if values.dtype == object and all(isinstance(value, str) for value in values.flat):  # as pandas holds text
+        values = values.astype(str)
     if values.shape != (len(data),):
         raise ValueError(f"{name}: expected one for each of {len(data)} samples, got the shape {values.shape}")
     if values.dtype.kind not in "biufUS":

@@ -90,6 +90,8 @@ def _open_object(source: Any, column: str | None) -> Any:
         table = source if module == "pyarrow" else pa.Table.from_pandas(source, preserve_index=False)
         return TableColumn(table, column, source=f"the {module} table")
     _refuse_column(column, source)
+    if module == "pandas" and type(source).__name__ == "Series":
+        return source.to_numpy()  # a series is indexed by its labels, a dataset by position
     if (hasattr(source, "__getitem__") and hasattr(source, "__len__")) or hasattr(source, "__iter__"):
         return source
     raise ValueError(f"{_name(source)} is not a dataset. {_UNDERSTOOD}")

@@ -31,7 +31,8 @@ class RandomLayerTokenDrop(nn.Module):
 
     In eval mode, and while ``reserved_length`` is None or not smaller than the sequence, the call is the layer's own.
 
-    The wrapper leaves no trace in a state dict: keys are those of the wrapped layer, for saving and for loading.
+    The wrapper leaves no trace in a state dict: keys are those of the wrapped layer, for saving and for loading. An
+    attribute that it has not is the wrapped layer's: models look at their layers' (``nn.TransformerEncoder`` does).
 
     Args:
         layer: What to wrap.
@@ -91,6 +92,15 @@ class RandomLayerTokenDrop(nn.Module):
         output = self.random_ltd_layer(*kept_args, **kept_kwargs)
         value = args[0] if args and isinstance(args[0], dict) else None
         return _restore(tokens, handed_on, output, value, kept_args[0] if value is not None else None)
+
+    def __getattr__(self, name: str) -> Any:
+        """What neither the wrapper nor ``nn.Module`` knows, the wrapped layer may."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == _INNER:  # not there yet, or gone: looking inside would come back here
+                raise
+            return getattr(self.random_ltd_layer, name)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of the wrapper."""
