@@ -50,7 +50,8 @@ def agree(name: str, facts: Facts, *, store: "Store", rank: int, world_size: int
             else:
                 verdict = compare([json.loads(store.get(f"{prefix}/{other}")) for other in range(world_size)]) or ""
             store.set(f"{prefix}/verdict", json.dumps([bool(missing), verdict]))
-        if _wait_for([f"{prefix}/verdict"], store, until + _GRACE_S):
+        # A rank 0 that did arrive may be about to say who did not.
+        if _wait_for([f"{prefix}/0"], store, until) or _wait_for([f"{prefix}/verdict"], store, until + _GRACE_S):
             raise WaitError(f"rank {rank}, agreement on {name}: rank 0 did not arrive within {watcher.deadline_s:g} s")
         late, verdict = json.loads(store.get(f"{prefix}/verdict"))
         if late:
