@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import penstock.compression
-from penstock.compression import create_compression_algorithm
+from penstock.compression import create_compression_algorithm, tool
 from penstock.compression.archive import read_compressed, write_compressed
 from penstock.compression.tool import app_function, main, measure, parse_option
 
@@ -103,6 +103,20 @@ def test_measurements_follow_the_formulas() -> None:
     assert together.relative_error == pytest.approx((sum(e * e for e in errors) / 43) ** 0.5)
     assert measure([], algorithm).ratio == 1.0
     assert measure([torch.zeros(8)], algorithm).relative_error == 0.0
+
+
+def test_a_fused_measurement_does_not_depend_on_the_size_of_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    sizes = [(7,), (0, 3), (40, 5), (), (130,), (8, 16)]
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    algorithm = create_compression_algorithm("onebit", {"block_size": 16})
+    whole = measure(tensors, algorithm)
+    assert whole.bytes_in == 8 * 466
+    for elements in (16, 64, 464, 466):
+        monkeypatch.setattr(tool, "_FUSED_ELEMENTS", elements)
+        cut = measure(tensors, algorithm)
+        assert cut.relative_error == pytest.approx(whole.relative_error, rel=1e-6)
+        assert cut.bytes_out == sum(algorithm.bytes_for(min(elements, 466 - k)) for k in range(0, 466, elements))
 
 
 def test_options_are_numbers_where_they_can_be() -> None:

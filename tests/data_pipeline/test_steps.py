@@ -30,6 +30,15 @@ def test_the_mode_holds_inside_and_comes_back_after_an_error() -> None:
         pass
 
 
+def test_a_plain_call_sets_the_mode_for_good() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    set_model_mode(model, "eval")
+    assert not any(module.training for module in model.modules())
+    set_model_mode(model, "train")
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
 def test_globals_are_seeded() -> None:
     threads = torch.get_num_threads()
     draws = []

@@ -7,9 +7,10 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 from rich.console import Console
@@ -21,6 +22,8 @@ from penstock._core.files import write_bytes
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.archive import read_compressed, read_tensors, write_compressed
 from penstock.compression.registry import create_compression_algorithm, known_algorithms
+
+_FUSED_ELEMENTS: Final = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,11 @@ def measure(tensors: Iterable[Tensor], algorithm: CompressionAlgorithm, *, fused
     Args:
         tensors: Of any shapes.
         algorithm: Any algorithm.
-        fused: All tensors as one flat float32 buffer, as in training; otherwise one by one.
+        fused: End to end in flat float32 buffers of 64 MiB, as training fuses its buckets; otherwise one by one.
     """
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]
     bytes_in = sum(tensor.numel() * tensor.element_size() for tensor in floating)
-    flat = [tensor.reshape(-1).float() for tensor in floating]
-    buffers = [torch.cat(flat)] if fused and flat else flat
+    buffers = _fused(floating) if fused else (tensor.reshape(-1).float() for tensor in floating)
     bytes_out, error, energy, compress_s, decompress_s = 0, 0.0, 0.0, 0.0, 0.0
     for buffer in buffers:
         seen = torch.empty_like(buffer)
@@ -76,6 +78,23 @@ def measure(tensors: Iterable[Tensor], algorithm: CompressionAlgorithm, *, fused
         energy += float(buffer.double().square().sum())
     relative_error = math.sqrt(error / energy) if energy else 0.0
     return Measurement(algorithm.name, bytes_in, bytes_out, relative_error, compress_s, decompress_s)
+
+
+def _fused(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors' elements in turn, in buffers that share one storage: a model's copy may not fit beside it."""
+    room = torch.empty(min(_FUSED_ELEMENTS, sum(tensor.numel() for tensor in tensors)))
+    filled = 0
+    for tensor in tensors:
+        rest = tensor.reshape(-1)
+        while rest.numel():
+            part = rest[: room.numel() - filled]
+            room[filled : filled + part.numel()].copy_(part)
+            filled, rest = filled + part.numel(), rest[part.numel() :]
+            if filled == room.numel():
+                yield room
+                filled = 0
+    if filled:
+        yield room[:filled]
 
 
 def render(measurements: Sequence[Measurement], *, title: str) -> Table:
@@ -114,7 +133,7 @@ def app_function(
         options: Options of the algorithm; needs exactly one algorithm.
         output: Write the compressed tensors (or, with ``decompress``, the decompressed ones) there.
         decompress: Turn a compressed file back into a plain one.
-        fused: Measure all tensors as one buffer rather than one by one.
+        fused: Measure the tensors end to end rather than one by one.
         console: Where to print; standard output by default.
 
     Returns:
@@ -172,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the algorithm")
     parser.add_argument("--output", type=Path, help="write the compressed (or decompressed) tensors here")
     parser.add_argument("--decompress", action="store_true", help="turn a compressed file back into a plain one")
-    parser.add_argument("--per-tensor", action="store_true", help="measure tensor by tensor, not as one buffer")
+    parser.add_argument("--per-tensor", action="store_true", help="measure tensor by tensor, not end to end")
     arguments = parser.parse_args(argv)
     try:
         return app_function(

@@ -4,7 +4,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -102,12 +102,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-@contextmanager
-def set_model_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put a model, and autograd, in the right mode for the length of a ``with`` block.
+def set_model_mode(model: nn.Module, mode: Mode) -> AbstractContextManager[None]:
+    """Put a model in the right mode: training mode for ``train``, evaluation mode for ``eval`` and ``predict``.
 
-    ``train``: training mode with gradients; ``eval`` and ``predict``: evaluation mode without. Afterwards every
-    submodule's own mode (a batch norm frozen in evaluation mode, for example) and the gradient mode are as before.
+    As a plain call the mode stays. In a ``with`` statement it holds for the block, where autograd follows it too
+    (gradients for ``train``, none otherwise); afterwards every submodule's own mode (a batch norm frozen in evaluation
+    mode, for example) and the gradient mode are as before.
 
     Raises:
         ValueError: The mode is unknown.
@@ -115,9 +115,14 @@ def set_model_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     if mode not in ("train", "eval", "predict"):
         raise ValueError(f"unknown mode {mode!r}; known: train, eval, predict")
     before = [(module, module.training) for module in model.modules()]
+    model.train(mode == "train")
+    return _for_a_block(before, gradients=mode == "train")
+
+
+@contextmanager
+def _for_a_block(before: list[tuple[nn.Module, bool]], *, gradients: bool) -> Iterator[None]:
     try:
-        model.train(mode == "train")
-        with torch.set_grad_enabled(mode == "train"):
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, training in before:
