@@ -42,7 +42,7 @@ def test_only_the_first_failure_counts() -> None:
     store = dist.HashStore()
     Watcher(rank=1, store=store).report(ValueError("first"))
     Watcher(rank=2, store=store).report(ValueError("second"))
-    assert b"first" in store.get("penstock/failure")
+    assert b"first" in store.get("penstock/failure/1")
 
 
 def test_a_lost_peer_is_raised_with_the_wait_and_the_first_failure() -> None:

@@ -88,6 +88,9 @@ class Watcher:
         # A clone has a connection of its own: the thread must not queue behind the main thread's blocking calls.
         self._store = None if store is None else store.clone()  # type: ignore[attr-defined]
         self._report_store = None if store is None else store.clone()  # type: ignore[attr-defined]
+        # Each rank's n-th watcher on a store talks to the others' n-th: a failure that an earlier engine got over in
+        # this process does not end a later one.
+        self._failure_key = f"{_FAILURE_KEY}/{0 if store is None else store.add(f'penstock/watchers/{rank}', 1)}"
         self._poll_s = poll_s
         self._leave = leave
         self._wait: Wait | None = None
@@ -162,7 +165,7 @@ class Watcher:
             return
         record = json.dumps({"rank": self.rank, "error": text})
         try:
-            self._report_store.compare_set(_FAILURE_KEY, "", record)
+            self._report_store.compare_set(self._failure_key, "", record)
         except RuntimeError as lost:  # the store went with its host: the others see that for themselves
             print(f"penstock: rank {self.rank}: could not report to the store: {lost}", file=sys.stderr)
 
@@ -179,9 +182,9 @@ class Watcher:
 
     def _read_failure(self, store: "Store") -> str | None:
         try:
-            if not store.check([_FAILURE_KEY]):
+            if not store.check([self._failure_key]):
                 return None
-            record = json.loads(store.get(_FAILURE_KEY))
+            record = json.loads(store.get(self._failure_key))
         except RuntimeError as lost:
             return f"the rendezvous store is gone ({str(lost).splitlines()[0]})"
         if record["rank"] == self.rank:

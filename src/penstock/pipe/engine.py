@@ -128,7 +128,7 @@ class PipelineEngine:
         start = time.perf_counter()
         before = dict(self.meter.seconds)
         state = StepState(batches, step, backward=True, targets_used=True)
-        with self._failures_reported(state):
+        with self._failures_reported(state), self._random_state_kept():
             self._prepare(len(batches), self.micro_batches)
             weight = 1.0 / (self.micro_batches * self.groups.num_replicas)
             self.exchange.begin_step(lambda: weight)
@@ -341,6 +341,23 @@ class PipelineEngine:
             error.add_note(f"(penstock: {where})")
             self.watcher.report(error)
             raise
+
+    @contextmanager
+    def _random_state_kept(self) -> Iterator[None]:
+        """Give back torch's random states: layers are seeded, and each rank has other layers.
+
+        A user's shuffling draws from the same generators; it has to go on alike where the inputs and where the targets
+        of a batch are read.
+        """
+        on_gpu = self.device.type == "cuda"
+        state = torch.get_rng_state()
+        gpu_state = torch.cuda.get_rng_state(self.device) if on_gpu else None
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+            if gpu_state is not None:
+                torch.cuda.set_rng_state(gpu_state, self.device)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

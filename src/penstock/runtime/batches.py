@@ -5,7 +5,7 @@ A step reads the samples at positions ``k .. k + B - 1`` of the order. Micro-bat
 and so on. So one process that computes them all computes the very same ones, only more of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,6 +90,11 @@ def from_iterator(data_iter: Iterator[Any], cut: Cut, start: int, *, targets_nee
     Raises:
         ValueError: The iterator ends early or yields something else.
     """
+    if not isinstance(data_iter, Iterator):
+        raise ValueError(
+            f"data_iter must be an iterator, got a {type(data_iter).__name__}; "
+            "make one with iter(...), once, and give it to every call"
+        )
     micro_batches = []
     for number, index in enumerate(cut.indices()):
         inputs: Any = None
@@ -111,11 +116,11 @@ def from_iterator(data_iter: Iterator[Any], cut: Cut, start: int, *, targets_nee
 
 
 def split_pair(item: Any, *, targets_needed: bool = True) -> tuple[Any, Any]:
-    """Take an ``(inputs, targets)`` pair apart; for prediction anything else is inputs alone."""
+    """Take an ``(inputs, targets)`` pair apart; where no targets are needed anything else is inputs alone."""
     if isinstance(item, tuple | list) and len(item) == 2:
-        return item[0], item[1]
+        return _plain_dict(item[0]), item[1]
     if not targets_needed:
-        return item, None
+        return _plain_dict(item), None
     found = type(item).__name__ + (f" of {len(item)}" if isinstance(item, tuple | list | dict) else "")
     raise ValueError(
         f"a batch must be a pair (inputs, targets), got a {found}; "
@@ -123,11 +128,12 @@ def split_pair(item: Any, *, targets_needed: bool = True) -> tuple[Any, Any]:
     )
 
 
-def collate_samples(samples: list[Any]) -> tuple[Any, Any]:
+def collate_samples(samples: list[Any], *, targets_needed: bool = True) -> tuple[Any, Any]:
     """Stack samples into ``(inputs, targets)``.
 
     One-dimensional integer samples are tokens of one length ``S + 1``: inputs are the first ``S`` and labels the last
-    ``S``, int64 ``[B, S]``. Anything else must be a pair, stacked by torch's default collation.
+    ``S``, int64 ``[B, S]``. Anything else must be a pair, stacked by torch's default collation; where no targets are
+    needed, what is no pair is inputs alone.
     """
     first = samples[0]
     if _is_tokens(first):
@@ -139,8 +145,7 @@ def collate_samples(samples: list[Any]) -> tuple[Any, Any]:
             )
         tokens_BT = torch.from_numpy(np.stack([np.asarray(sample) for sample in samples]).astype(np.int64))
         return tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
-    inputs, targets = split_pair(torch.utils.data.default_collate(samples))
-    return inputs, targets
+    return split_pair(torch.utils.data.default_collate(samples), targets_needed=targets_needed)
 
 
 def tokens_in(inputs: Any) -> int:
@@ -150,6 +155,11 @@ def tokens_in(inputs: Any) -> int:
         if tensor.dim() >= 2 and not tensor.is_floating_point():
             return tensor.shape[0] * tensor.shape[1]
     return _rows(inputs) or 0
+
+
+def _plain_dict(value: Any) -> Any:
+    """Batches of Hugging Face tokenizers are mappings but no dicts, which nothing here would look into."""
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _is_tokens(sample: Any) -> bool:

@@ -30,6 +30,12 @@ def global_norm(
     return float(total.sqrt())
 
 
+def largest(parameters: Iterable[nn.Parameter]) -> float:
+    """The largest absolute value in the gradients of this rank; NaN where there is one. 0 without gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)) if gradients else 0.0
+
+
 def clip_(parameters: Iterable[nn.Parameter], *, norm: float, max_norm: float) -> None:
     """Scale gradients in place by ``max_norm / norm`` if ``norm`` exceeds ``max_norm``.
 

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from penstock._core.protocols import OwnsExchange
+from penstock.compression import Reducer
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.step import StepResult
 from penstock.runtime import batches
-from penstock.runtime.clipping import clip_, global_norm
+from penstock.runtime.clipping import clip_, global_norm, largest
 from penstock.runtime.engine_state import load, save
 from penstock.runtime.parts import Parts, Progress
 
 
 class NotFiniteError(RuntimeError):
-    """The loss or the gradient norm is NaN or infinite; training on would only spread it."""
+    """The loss or a gradient is NaN or infinite; training on would only spread it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +96,22 @@ class Engine:
         """One optimizer step on one global batch.
 
         Args:
-            data_iter: Yields this replica's micro-batches as pairs ``(inputs, targets)``; ranks that hold neither the
-                first nor the last stage do not touch it. None reads ``training_data`` in the sampler's order.
+            data_iter: Yields this replica's micro-batches as pairs ``(inputs, targets)``; where the model returns its
+                loss, what is no pair is inputs alone. Ranks that hold neither the first nor the last stage do not
+                touch it. None reads ``training_data`` in the sampler's order.
 
         Returns:
             The mean loss over the global batch, the same on every rank.
 
         Raises:
             ValueError: There is no data, or it does not fit.
-            NotFiniteError: The loss or the gradient norm is not finite; the weights are those before the step.
+            NotFiniteError: The loss or a gradient is not finite; the weights are those before the step. (An optimizer
+                that exchanges gradients itself raises FloatingPointError for these.)
         """
         parts, progress = self.parts, self.progress
         with self._told("train_batch"):
             started = time.perf_counter()
+            self.optimizer.zero_grad()  # a step that ended in an error leaves gradients behind
             kept = None if parts.dropping is None else parts.dropping.update(progress.step)
             micro_batches = self._training_batches(data_iter)
             read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.is_first else 0
@@ -128,7 +132,7 @@ class Engine:
         """
         parts = self.parts
         with self._told("eval_batch"):
-            micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples)
+            micro_batches = self._given_batches(data_iter)
             return parts.pipeline.eval_step(micro_batches, step=self.progress.step)
 
     def predict_batch(self, data_iter: Iterator[Any]) -> list[Any]:
@@ -174,15 +178,22 @@ class Engine:
             return load(self.parts, self.progress, Path(directory))
 
     def close(self) -> None:
-        """End the watcher and, if :func:`penstock.initialize` made it, the process group."""
-        self.parts.watcher.stop()
-        self.parts.process.leave()
+        """End the watcher, this engine's process groups and, if :func:`penstock.initialize` made it, the default one.
+
+        Every rank calls it. The model and the optimizer stay as they are.
+        """
+        parts = self.parts
+        parts.watcher.stop()
+        if isinstance(parts.exchange, Reducer):
+            parts.exchange.close()
+        parts.groups.close()
+        parts.process.leave()
 
     def __enter__(self) -> "Engine":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
+        if error is not None and self.world_size > 1:
             self.parts.watcher.report(error)
             return  # work may be in flight: the process is about to end, and must not wait for it
         self.close()
@@ -200,13 +211,19 @@ class Engine:
     def _training_batches(self, data_iter: Iterator[Any] | None) -> list[MicroBatch]:
         parts = self.parts
         if data_iter is not None:
-            return batches.from_iterator(data_iter, parts.cut, self.progress.samples)
+            return self._given_batches(data_iter)
         if parts.training_data is None or parts.order is None:
             raise ValueError(
                 "there is nothing to train on: give train_batch a data_iter, initialize a training_data, "
                 "or the configuration a data.train"
             )
         return batches.from_order(parts.training_data, parts.order, parts.collate, parts.cut, self.progress.samples)
+
+    def _given_batches(self, data_iter: Iterator[Any]) -> list[MicroBatch]:
+        parts = self.parts
+        # Where the model returns its loss, the labels are among its inputs.
+        targets_needed = parts.pipeline.loss_fn is not None
+        return batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=targets_needed)
 
     def _check_finite(self, what: str, value: float) -> None:
         if value - value != 0.0:  # NaN and both infinities
@@ -218,10 +235,13 @@ class Engine:
 
     def _clip(self) -> float | None:
         limit = self.config.optimizer.gradient_clipping
-        if limit is None:
-            return None
         parts = self.parts
-        norm = global_norm(parts.shared.counted_here, group=parts.groups.pipeline, meter=parts.meter)
+        if limit is None:
+            if parts.exchange.averages_gradients:  # otherwise the optimizer looks at what it averages
+                self._check_finite("largest gradient", largest(self.stage.parameters()))
+            return None
+        with parts.watcher.waiting("gradient norm", stage=self.stage.index):
+            norm = global_norm(parts.shared.counted_here, group=parts.groups.pipeline, meter=parts.meter)
         self._check_finite("gradient norm", norm)
         clip_(self.stage.parameters(), norm=norm, max_norm=limit)
         return norm

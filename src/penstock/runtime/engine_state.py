@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock._core.protocols import OwnsExchange
 from penstock._version import __version__
@@ -21,7 +21,7 @@ from penstock.runtime.checkpoint import (
 )
 from penstock.runtime.gather import gather_json
 from penstock.runtime.ledger import chain, merge
-from penstock.runtime.optimizers import load_state, save_state
+from penstock.runtime.optimizers import load_groups, load_state, save_groups, save_state
 from penstock.runtime.parts import Parts, Progress
 from penstock.runtime.tied_check import check_copies
 
@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _EXCHANGE: Final = "exchange"
 _OPTIMIZER: Final = "optimizer"
+_GROUPS: Final = "parameter_groups"
 
 
 def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None) -> Path:
@@ -108,6 +109,7 @@ def layout(parts: Parts) -> dict[str, Any]:
     """What must be equal for the state that belongs to ranks to be loaded again."""
     bounds = None if parts.module is None else parts.module.bounds
     return {
+        "axes": parts.groups.topology.get_axis_names(),
         "stages": parts.groups.num_pipe_ranks,
         "replicas": parts.groups.num_replicas,
         "bounds": None if bounds is None else list(bounds),
@@ -116,13 +118,16 @@ def layout(parts: Parts) -> dict[str, Any]:
 
 def load_weights(parts: Parts, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights and buffers into the stage, and nothing else."""
-    saved: dict[int, dict[str, Tensor]] = {}
-    for kind, name, tensor in _named_tensors(parts):
-        key = f"{kind}:{name}"
-        tensors = saved.setdefault(_layer_of(name), checkpoint.read_layer(_layer_of(name)))
-        if key not in tensors:
-            raise ValueError(f"{checkpoint.path}: holds no {kind} {name!r}; it was written by another model")
-        copy_into(tensor, tensors[key], f"{checkpoint.path}: {name}")
+    layers: dict[int, list[tuple[str, str, Tensor]]] = defaultdict(list)
+    for named in _named_tensors(parts):
+        layers[_layer_of(named[1])].append(named)
+    for layer, wanted in layers.items():
+        tensors = checkpoint.read_layer(layer)  # each file once: reading it verifies it as a whole
+        for kind, name, tensor in wanted:
+            key = f"{kind}:{name}"
+            if key not in tensors:
+                raise ValueError(f"{checkpoint.path}: holds no {kind} {name!r}; it was written by another model")
+            copy_into(tensor, tensors[key], f"{checkpoint.path}: {name}")
 
 
 def _check_tied(parts: Parts) -> None:
@@ -136,11 +141,11 @@ def _named_tensors(parts: Parts) -> list[tuple[str, str, Tensor]]:
     """Weights and persistent buffers of the stage as ``(kind, canonical name, tensor)``."""
     found = [("weight", name, p.detach()) for name, p in parts.stage.canonical_parameters()]
     for index, module in parts.stage.canonical_modules():
-        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        # Parameters are told by type: wrappers such as random-LTD's change their names in a state dict.
         found += [
             ("buffer", f"layer_{index:03d}.{name}", tensor)
-            for name, tensor in module.state_dict().items()
-            if name not in parameters and isinstance(tensor, Tensor)
+            for name, tensor in module.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
         ]
     return found
 
@@ -182,6 +187,7 @@ def _rank_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors[f"{owner}.{name}"] = value
             else:
                 plain[f"{owner}.{name}"] = value
+    plain[_GROUPS] = save_groups(parts.optimizer)
     return tensors, plain
 
 
@@ -190,6 +196,9 @@ def _load_rank_state(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, A
     mine = state["ranks"][rank]
     parts.rates.ledger.load_state_dict(mine["ledger"])
     everything: dict[str, Any] = dict(mine["plain"])
+    groups = everything.pop(_GROUPS)
+    if parts.schedule is None:  # rates are the user's own affair, who may have changed them since the start
+        load_groups(parts.optimizer, groups)
     if rank in checkpoint.ranks:
         everything.update(checkpoint.read_rank(rank))
     by_owner: dict[str, dict[str, Any]] = {_EXCHANGE: {}, _OPTIMIZER: {}}

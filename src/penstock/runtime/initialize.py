@@ -3,6 +3,7 @@
 import datetime
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
 from penstock.pipe.module import PipelineModule
-from penstock.pipe.topology import PipeDataParallelTopology
-from penstock.runtime.batches import Cut
+from penstock.runtime.batches import Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
 from penstock.runtime.ledger_rates import Rates
@@ -89,9 +89,8 @@ def initialize(
                 watcher=watcher,
             )
         meter = Meter()
-        topology = PipeDataParallelTopology(num_pp=settings.pipe.stages, num_dp=ready.replicas)
         groups = PipeGroups(
-            topology,
+            ready.topology,
             tied=None if module is None else tied_ranks(module),
             rank=process.rank,
             timeout=datetime.timedelta(seconds=_TORCH_TIMEOUT_FACTOR * settings.deadline_s),
@@ -150,6 +149,7 @@ def initialize(
                 rates=Rates.of(module, stage, ready.dropping, cut, meter),
                 training_data=ready.dataset,
                 order=ready.order,
+                collate=partial(collate_samples, targets_needed=ready.loss_fn is not None),
             )
         )
     except BaseException as error:

@@ -1,7 +1,8 @@
 """Builds the optimizer of one stage, and moves its state in and out of checkpoints by canonical names."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from penstock.runtime.config_sections import OptimizerSection
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 NamedParameters = list[tuple[str, nn.Parameter]]
+
+_NUMBER: Final = "number."
 
 
 def parameter_groups(
@@ -66,14 +69,17 @@ def optimizer_factory(section: OptimizerSection) -> OptimizerFactory:
 
 
 def check_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Check that an optimizer steps exactly the parameters of this stage.
+    """Check that an optimizer steps all trainable parameters of this stage, and none of anything else.
+
+    It may hold frozen ones too: ``model.parameters()`` does.
 
     Raises:
         ValueError: It misses some, or holds others.
     """
+    here = list(parameters)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    wanted = {id(p) for p in parameters if p.requires_grad}
-    if held != wanted:
+    wanted = {id(p) for p in here if p.requires_grad}
+    if not wanted <= held <= {id(p) for p in here}:
         raise ValueError(
             f"the optimizer holds {len(held)} parameters, of which {len(held & wanted)} are among the {len(wanted)} "
             "trainable ones of this stage; build it over the parameters that the factory is given, or over all of "
@@ -84,17 +90,23 @@ def check_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -
 def save_state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
     """The optimizer's state by canonical parameter name: ``{name: {"exp_avg": tensor, ...}}``.
 
-    Numbers become 0-dimensional float64 tensors, so that one safetensors file holds everything.
+    Numbers become 0-dimensional tensors under ``number.KEY``, so that one safetensors file holds everything.
 
     Args:
-        optimizer: Any optimizer whose state values are tensors and numbers.
+        optimizer: Any optimizer whose state values are tensors and numbers, and belong to parameters.
         names: From ``id(parameter)`` to its canonical name.
+
+    Raises:
+        ValueError: The optimizer keeps something else, or something that belongs to no parameter.
     """
     packed = optimizer.state_dict()
+    others = [key for key in packed["state"] if not isinstance(key, int)]
+    if others:
+        raise ValueError(f"the optimizer keeps {others} apart from its parameters, which a checkpoint cannot hold")
     result: dict[str, dict[str, Tensor]] = {}
     for number, parameter in enumerate(_in_order(optimizer)):
         state = packed["state"].get(number, {})
-        entries = {key: _as_tensor(value, key) for key, value in state.items() if value is not None}
+        entries = dict(_as_tensor(key, value) for key, value in state.items() if value is not None)
         if entries:
             result[names[id(parameter)]] = entries
     return result
@@ -109,11 +121,12 @@ def load_state(optimizer: Optimizer, names: Mapping[int, str], saved: Mapping[st
         if entries is None:
             continue
         for key, value in entries.items():
-            if value.dim() and value.shape != parameter.shape:
+            # Factored moments (Adafactor's) have their parameter's dimensions too, with sizes of 1 among them.
+            sizes = zip(value.shape, parameter.shape, strict=False)
+            if value.dim() == parameter.dim() and any(mine not in (1, theirs) for mine, theirs in sizes):
                 name = names[id(parameter)]
                 copy_into(parameter.detach(), value, f"{key} of {name}")  # raises with both shapes
-        # Clones lie in aligned memory of their own; tensors read from a file lie where the file put them.
-        state[number] = {key: value.clone() for key, value in entries.items()}
+        state[number] = dict(_from_tensor(key, value) for key, value in entries.items())
     optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
 
 
@@ -122,12 +135,61 @@ def _in_order(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _as_tensor(value: Any, key: str) -> Tensor:
+def save_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What the parameter groups hold beside parameters (rates, counters), as JSON values.
+
+    Entries of other kinds are left out: they are what the optimizer was made with.
+    """
+    return [
+        {key: _scalar(value) for key, value in group.items() if key != "params" and _is_plain(_scalar(value))}
+        for group in optimizer.param_groups
+    ]
+
+
+def load_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Put back what :func:`save_groups` returned for an optimizer with as many groups.
+
+    Raises:
+        ValueError: It has another number of groups.
+    """
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the checkpoint's optimizer has {len(saved)} parameter groups, this one {len(optimizer.param_groups)}; "
+            "build it as it was built then"
+        )
+    for group, entries in zip(optimizer.param_groups, saved, strict=True):
+        for key, value in entries.items():
+            mine = group.get(key)
+            if isinstance(mine, Tensor):
+                mine.fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(value, list) and isinstance(mine, tuple) else value
+
+
+def _scalar(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _as_tensor(key: str, value: Any) -> tuple[str, Tensor]:
     if isinstance(value, Tensor):
-        return value.detach()
+        return key, value.detach()
     if isinstance(value, int | float):
-        return torch.tensor(float(value), dtype=torch.float64)
+        dtype = torch.float64 if isinstance(value, float) else None
+        return _NUMBER + key, torch.tensor(value, dtype=dtype)
     raise ValueError(
         f"the optimizer keeps {key!r} as a {type(value).__name__}, which a checkpoint cannot hold; "
         "tensors and numbers can be saved"
     )
+
+
+def _from_tensor(key: str, value: Tensor) -> tuple[str, Any]:
+    if key.startswith(_NUMBER):
+        return key.removeprefix(_NUMBER), value.item()
+    # A clone lies in aligned memory of its own; tensors read from a file lie where the file put them.
+    return key, value.clone()

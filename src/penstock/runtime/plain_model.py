@@ -13,7 +13,12 @@ def plain_stage(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -
 
     The model is called with its inputs as keyword arguments if they are a dict (as Hugging Face models want them), as
     positional arguments if they are a tuple or list, else as the one argument.
+
+    A model in eval mode as a whole (as ``from_pretrained`` of Hugging Face leaves it) is put into train mode; parts
+    that are in eval mode inside a model in train mode stay so.
     """
+    if not model.training:
+        model.train()
     return Stage(
         index=0,
         num_stages=1,

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from penstock.data_pipeline.data_sampling import DataSampler
 from penstock.data_pipeline.datasets import TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
+from penstock.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from penstock.runtime.config import TrainConfig, check_world, load_config
 from penstock.runtime.dropping import Dropping
 from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
@@ -24,6 +26,7 @@ class Prepared:
     Attributes:
         config: The configuration, with the model's number of stages.
         module: The model, divided into that many; None for a plain module.
+        topology: Which rank is where: the model's, if it has one.
         replicas: Data-parallel replicas.
         micro_batches: Micro-batches per replica and step.
         loss_fn: What computes the loss from output and targets; None where the model does.
@@ -35,6 +38,7 @@ class Prepared:
 
     config: TrainConfig
     module: PipelineModule | None
+    topology: ProcessTopology
     replicas: int
     micro_batches: int
     loss_fn: Callable[[Any, Any], Any] | None
@@ -68,11 +72,14 @@ def prepare(
     """
     settings, module = _placed(model, load_config(config))
     replicas = check_world(settings, world_size)
+    if module is not None:
+        _check_stages(module)
     _check_optimizer(model, optimizer)
     dataset = _dataset(settings, training_data)
     return Prepared(
         config=settings,
         module=module,
+        topology=_topology(settings, module, replicas),
         replicas=replicas,
         micro_batches=settings.micro_batches(replicas),
         loss_fn=loss_fn if loss_fn is not None else getattr(module, "loss_fn", None),
@@ -117,6 +124,37 @@ def _placed(model: Any, config: TrainConfig) -> tuple[TrainConfig, PipelineModul
             "convert_to_random_ltd(model, ...) and drive a RandomLTDScheduler yourself"
         )
     return config, None
+
+
+def _check_stages(module: PipelineModule) -> None:
+    """Refuse a division that leaves an optimizer without parameters."""
+    assert module.bounds is not None
+    for stage, (start, stop) in enumerate(pairwise(module.bounds)):
+        if not any(module.parameter_counts[start:stop]):
+            raise ValueError(
+                f"stage {stage} would hold layers {start} to {stop - 1}, which have no trainable parameters, so there "
+                "is nothing to optimize there; take fewer stages, or bounds that give every stage some "
+                f"(trainable parameters by layer: {list(module.parameter_counts)})"
+            )
+
+
+def _topology(config: TrainConfig, module: PipelineModule | None, replicas: int) -> ProcessTopology:
+    topology = None if module is None else module.topology
+    if topology is None:
+        return PipeDataParallelTopology(num_pp=config.pipe.stages, num_dp=replicas)
+    for axis in topology.get_axis_names():
+        if axis not in ("pipe", "data") and topology.get_dim(axis) > 1:
+            raise ValueError(
+                f"the model's topology {topology!r} has an axis {axis!r} of size {topology.get_dim(axis)}, over which "
+                "nothing is divided here; give a topology of pipe and data, or none"
+            )
+    if max(1, topology.get_dim("data")) != replicas:
+        raise ValueError(
+            f"the model's topology {topology!r} has data={topology.get_dim('data')}, but this run has {replicas} "
+            f"replicas of {config.pipe.stages} stages; start as many processes as the topology has ranks "
+            f"({topology.world_size()}), or leave the topology out"
+        )
+    return topology
 
 
 def _check_optimizer(model: Any, optimizer: Any) -> None:

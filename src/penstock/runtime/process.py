@@ -89,4 +89,7 @@ def _init_process_group(backend: str, deadline_s: float) -> None:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     facts = {"number of processes": world_size}
     agree("the start", facts, store=store, rank=rank, world_size=world_size, watcher=watcher)
+    # A launcher's store outlives a process group: what a group before this one left there is not to be found again.
+    times = store.add(f"penstock/joined/{rank}", 1)
+    store = dist.PrefixStore(f"penstock/processes/{times}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
