@@ -70,6 +70,25 @@ def test_a_value_that_would_spoil_its_tensor_keeps_it_as_it_is(tmp_path: Path, n
     assert not torch.equal(after["plain"], tensors["plain"])
 
 
+@pytest.mark.parametrize("shape", [[0, 1 << 62, 1 << 62], [1 << 62, 1 << 62, 0], [0, 1 << 70]])
+def test_an_impossible_shape_is_damage(tmp_path: Path, shape: list[int]) -> None:
+    packed, other = tmp_path / "packed.safetensors", tmp_path / "other.safetensors"
+    write_compressed(packed, {"empty": torch.zeros(0, 3)}, create_compression_algorithm("onebit"))
+    entry = {"name": "empty", "shape": shape, "dtype": "float32", "compressed": True}
+    rewrite_header(packed, other, tensors=[entry])
+    with pytest.raises(ValueError, match="'empty' has the impossible shape"):
+        read_compressed(other)
+
+
+@pytest.mark.parametrize("name", ["none", "bf16"])
+def test_shared_and_transposed_tensors_are_written_whole(tmp_path: Path, name: str) -> None:
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    tensors = {"tied": weight, "head": weight, "turned": weight.t(), "ids": torch.arange(6).view(2, 3).t()}
+    write_compressed(tmp_path / "packed", tensors, create_compression_algorithm(name))
+    after, _ = read_compressed(tmp_path / "packed")
+    assert all(torch.equal(after[key], tensor) for key, tensor in tensors.items())
+
+
 def test_options_travel_with_the_file(model_file: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed.safetensors"
     options = ["--option", "block_size=8", "--option", "scale=rms"]
@@ -152,6 +171,7 @@ def test_broken_and_foreign_files_are_named(model_file: Path, tmp_path: Path) ->
         ({"tensors": [entry]}, "scales of tensor 'weight' do not fit shape"),  # and no terabytes are allocated
         ({"tensors": [{**entry, "dtype": "object"}]}, "unknown dtype 'object'"),
         ({"tensors": [{**entry, "compressed": False}]}, "'weight' is missing or not of shape"),
+        ({"tensors": [{**entry, "name": "empty", "shape": [0, 1 << 62, 1 << 62]}] * 6}, "names a tensor twice"),
         ({"tensors": [{"name": 3}]}, "description of the compressed tensors is damaged"),
         ({"tensors": [{**entry, "shape": [-1]}]}, "description of the compressed tensors is damaged"),
         ({"options": {"block_size": 7}}, "multiple of 8"),

@@ -70,6 +70,23 @@ def test_it_takes_over_from_adamw() -> None:
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
+def test_adams_variance_from_beyond_the_freeze_is_refused() -> None:
+    ps = parameters(torch.float32)
+    adamw = torch.optim.AdamW(ps, lr=1e-3)
+    for step in range(5):
+        give_gradients(ps, step)
+        adamw.step()
+    with pytest.raises(ValueError, match=r"Adam's after 5 steps, but freeze_step=4 .* freeze_step=5 \(to"):
+        OneBitAdam(ps, freeze_step=4).load_state_dict(adamw.state_dict())
+    one_bit = OneBitAdam(ps, freeze_step=5)
+    one_bit.load_state_dict(adamw.state_dict())
+    assert one_bit.compressing
+    again = OneBitAdam(ps, freeze_step=4)
+    give_gradients(ps, 5)
+    one_bit.step()
+    again.load_state_dict(one_bit.state_dict())  # its own state says nothing of the kind
+
+
 def test_a_loaded_state_is_copied_into_the_flat_buffers() -> None:
     ps = parameters(torch.float32)
     optimizer = OneBitAdam(ps, freeze_step=2)

@@ -1,6 +1,7 @@
 """Compressed tensors in a file: safetensors with what is needed to decompress in its metadata."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -93,7 +94,8 @@ def write_compressed(
         if compressed:
             parts.update({f"{index}/{field}": part for field, part in payload.items()})
         else:
-            parts[str(index)] = tensor.contiguous()
+            # A copy of its own: safetensors refuses tensors that share storage.
+            parts[str(index)] = tensor.detach().clone(memory_format=torch.contiguous_format)
     header = _Header(
         version=1,
         algorithm=algorithm.name,
@@ -122,6 +124,8 @@ def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         raise CorruptFileError(f"{path}: its description of the compressed tensors is damaged ({error})") from error
     if header.version != 1:
         raise CorruptFileError(f"{path}: format version {header.version}, but this release reads version 1")
+    if len({entry.name for entry in header.tensors}) != len(header.tensors):
+        raise CorruptFileError(f"{path}: its description names a tensor twice")
     algorithm = create_compression_algorithm(header.algorithm, header.options)
     tensors = {entry.name: _restore(path, parts, index, entry, algorithm) for index, entry in enumerate(header.tensors)}
     return tensors, header.metadata
@@ -130,9 +134,7 @@ def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 def _restore(
     path: str | Path, parts: Mapping[str, Tensor], index: int, entry: _Entry, algorithm: CompressionAlgorithm
 ) -> Tensor:
-    numel = 1
-    for size in entry.shape:
-        numel *= size
+    numel = math.prod(entry.shape)
     if not entry.compressed:
         tensor = parts.get(str(index))
         if tensor is None or list(tensor.shape) != entry.shape:
@@ -147,7 +149,11 @@ def _restore(
         if part is None or part.dtype != field.dtype or tuple(part.shape) != tuple(field.shape):
             raise CorruptFileError(f"{path}: the {field.name} of tensor {entry.name!r} do not fit shape {entry.shape}")
         payload[field.name] = part
-    return algorithm.decompress(payload, torch.empty(entry.shape, dtype=_FLOATS[entry.dtype]))
+    try:
+        out = torch.empty(entry.shape, dtype=_FLOATS[entry.dtype])
+    except (RuntimeError, TypeError) as error:  # a shape of no elements may still hold numbers beyond all bounds
+        raise CorruptFileError(f"{path}: tensor {entry.name!r} has the impossible shape {entry.shape}") from error
+    return algorithm.decompress(payload, out)
 
 
 def _is_finite(part: Tensor) -> bool:

@@ -229,11 +229,14 @@ class OneBitAdam(Optimizer):
         Error memories are each rank's own and are not in it; see :meth:`load_error_state`.
 
         Raises:
-            ValueError: Groups, parameters or shapes differ, or the parameters' step counts do.
+            ValueError: Groups, parameters or shapes differ, or the parameters' step counts do, or the state is Adam's
+                and went on beyond ``freeze_step``.
         """
         saved: dict[int, dict[str, Any]] = state_dict["state"]
+        self._check_variance(saved, state_dict["param_groups"])
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for param_group in self.param_groups:
+            param_group.pop("amsgrad", None)  # Adam's mark, see _check_variance
             _check_group(param_group)
         self._expose_state()
         steps = {float(entry["step"]) for entry in saved.values()}
@@ -254,6 +257,17 @@ class OneBitAdam(Optimizer):
                         f"the parameter {tuple(parameter.shape)}"
                     )
                 mine[name].copy_(entry[name])
+
+    def _check_variance(self, saved: Mapping[int, Mapping[str, Any]], groups: Iterable[Mapping[str, Any]]) -> None:
+        """A variance that took in gradients after ``freeze_step`` would be corrected as if it had not."""
+        adams = any("amsgrad" in param_group for param_group in groups)  # an option that OneBitAdam has not
+        step = max((int(entry["step"]) for entry in saved.values()), default=0)
+        if adams and self.bias_correction and step > self.freeze_step:
+            raise ValueError(
+                f"the state is Adam's after {step} steps, but freeze_step={self.freeze_step} says that the variance is "
+                f"of the first {self.freeze_step}; make OneBitAdam with freeze_step={step} (to compress from here on) "
+                "or more"
+            )
 
     def _expose_state(self) -> None:
         """Fill ``self.state`` in torch's standard format with views into the flat buffers."""
