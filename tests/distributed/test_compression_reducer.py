@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from penstock._core.meter import REPLICAS, Meter
 from penstock._core.protocols import GradientExchange
@@ -255,3 +256,27 @@ def test_a_step_that_failed_half_way_is_forgotten() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
     reducer.close()
     model(batch(0, 0)).sum().backward()  # no hook is left to object
+
+
+def late_gradient(rank: int, world_size: int, reentrant: bool) -> str | list[torch.Tensor]:
+    """A layer used twice, each use recomputed: a nested backward pass for each gives the weight two gradients."""
+    model = nn.Linear(4, 4, bias=False)
+    nn.init.eye_(model.weight)
+    reducer = Reducer([list(model.named_parameters())])
+    reducer.begin_step(lambda: 1.0)
+    reducer.arm(model.parameters())
+    x = torch.ones(2, 4, requires_grad=True)
+    y = checkpoint(model, checkpoint(model, x, use_reentrant=reentrant), use_reentrant=reentrant)
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    reducer.finish()
+    return gradients_of(model)
+
+
+def test_a_gradient_after_the_last_one_is_an_error_and_not_a_wrong_sum(pool: WorkerPool) -> None:
+    assert all("take use_reentrant=False" in answer for answer in pool.run(late_gradient, 2, True))
+    for (gradient,) in pool.run(late_gradient, 2, False):
+        # Two ranks, two uses, two rows of ones: the weight is the identity, so both uses see and return ones.
+        assert torch.equal(gradient, torch.full((4, 4), 8.0))

@@ -191,6 +191,12 @@ class Reducer:
             self._armed.discard(parameter)
             self._slot_of[parameter].pending.discard(parameter)
             self._start_what_can()
+        elif self._ask_weight is not None and parameter not in self._slot_of[parameter].pending:
+            # Its reduction may be under way without this part.
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} got another gradient after its last one in this step; "
+                "a module used twice must not be checkpointed with use_reentrant=True: take use_reentrant=False"
+            )
 
     def _start_what_can(self) -> None:
         while self._started < len(self._slots) and not self._slots[self._started].pending:
