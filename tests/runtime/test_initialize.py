@@ -175,3 +175,16 @@ def test_a_users_optimizer_keeps_its_rate_unless_a_schedule_is_named() -> None:
         ) as engine:
             engine.train_batch(pairs())
             assert engine.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_the_summary_counts_what_was_read() -> None:
+    with penstock.initialize(model(), config(steps=5), training_data=tokens()) as engine:
+        for _ in range(3):
+            engine.train_batch()
+        summary = engine.summary()
+    assert summary["steps"] == 3
+    assert summary["samples"] == {"spent": 24, "plain": 24, "saved": 0.0}
+    assert summary["raw_tokens"]["spent"] == 24 * LENGTH
+    # Blocks 1 and 2 of four keep 8, 8 and 12 tokens of 24; embedding, two blocks, norm and head compute all.
+    assert summary["layer_tokens"]["spent"] == 8 * (2 * (8 + 8 + 12) + 5 * 3 * LENGTH)
+    assert summary["layer_tokens"]["plain"] == 8 * 7 * 3 * LENGTH

@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from penstock._core.protocols import OwnsExchange
 from penstock.compression import Reducer
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.step import StepResult
 from penstock.runtime import batches
 from penstock.runtime.clipping import clip_, global_norm, largest
 from penstock.runtime.engine_state import load, save
+from penstock.runtime.gather import gather_json
+from penstock.runtime.ledger import chain, merge
 from penstock.runtime.parts import Parts, Progress
+from penstock.runtime.summary import summarize
 
 
 class NotFiniteError(RuntimeError):
@@ -75,7 +77,6 @@ class Engine:
         self.progress = Progress()
         self.ledger = parts.rates.ledger
         self.last: StepReport | None = None
-        self._iterator: Iterator[Any] | None = None
 
     @property
     def rank(self) -> int:
@@ -120,7 +121,8 @@ class Engine:
             self._check_finite("loss", result.loss)
             norm = self._clip()
             lr = self._set_lr(tokens)
-            self._step_optimizer()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             self._advance(started, kept, lr, norm, tokens, result)
         return result.loss
 
@@ -176,6 +178,19 @@ class Engine:
         """
         with self._told("load_checkpoint"):
             return load(self.parts, self.progress, Path(directory))
+
+    def summary(self) -> dict[str, Any]:
+        """What all ranks have spent so far, beside what the plain run would have; every rank calls it.
+
+        Returns:
+            The same JSON value on every rank; see :func:`penstock.runtime.summary.summarize`, whose neighbour
+            ``render`` makes a table of it.
+        """
+        parts = self.parts
+        with self._told("summary"), parts.watcher.waiting("gathering the ledgers"):
+            states = gather_json(parts.rates.ledger.state_dict(), group=parts.groups.control, meter=parts.meter)
+        spent, earlier = merge(states), self.progress.earlier
+        return summarize(spent if earlier is None else chain(earlier, spent))
 
     def close(self) -> None:
         """End the watcher, this engine's process groups and, if :func:`penstock.initialize` made it, the default one.
@@ -253,14 +268,6 @@ class Engine:
                 factor = schedule.lr_for_step(self.progress.tokens, step_tokens) / schedule.peak
                 group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
-
-    def _step_optimizer(self) -> None:
-        if isinstance(self.optimizer, OwnsExchange):
-            with self.parts.meter.timed("wait_replicas"):
-                self.optimizer.step()
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _advance(
         self, started: float, kept: int | None, lr: float, norm: float | None, tokens: int, result: StepResult

@@ -27,7 +27,6 @@ from penstock.runtime.gather import gather_json
 from penstock.runtime.heldout import HeldOut
 from penstock.runtime.initialize import initialize
 from penstock.runtime.launch import launch, launched
-from penstock.runtime.ledger import merge
 from penstock.runtime.metrics_log import MetricsLog
 from penstock.runtime.preparation import prepare
 from penstock.runtime.process import Process
@@ -38,7 +37,7 @@ from penstock.runtime.run_directory import (
     METRICS_NAME,
     SUMMARY_NAME,
 )
-from penstock.runtime.summary import render, summarize
+from penstock.runtime.summary import render
 
 DEFAULT_OUTPUT: Final = Path("runs/demo")
 _DEMO_DEADLINE_S: Final = 300.0
@@ -225,11 +224,9 @@ def _loop(
 
 
 def _finish(engine: Engine, folder: Path, result: HeldOut | None) -> None:
-    parts = engine.parts
-    states = gather_json(parts.rates.ledger.state_dict(), group=parts.groups.control, meter=parts.meter)
+    summary: dict[str, Any] = engine.summary()
     if engine.rank != 0:
         return
-    summary = summarize(merge(states))
     if result is not None:
         summary["heldout"] = asdict(result)
     write_json(folder / SUMMARY_NAME, summary)
