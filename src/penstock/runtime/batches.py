@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from penstock.data_pipeline.datasets import TokenCollator
 from penstock.pipe.micro_batch import MicroBatch
 
 Collate = Callable[[list[Any]], tuple[Any, Any]]
@@ -141,10 +142,9 @@ def collate_samples(samples: list[Any], *, targets_needed: bool = True) -> tuple
         if len(lengths) > 1:
             raise ValueError(
                 f"samples of different lengths ({min(lengths)} to {max(lengths)} tokens) cannot be stacked; "
-                "cut them to windows, or pad or truncate them with the sampler's transforms"
+                "give training_data whose rows are windows of one length, or cut by process_dataset(data, transform)"
             )
-        tokens_BT = torch.from_numpy(np.stack([np.asarray(sample) for sample in samples]).astype(np.int64))
-        return tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
+        return TokenCollator()(samples)
     return split_pair(torch.utils.data.default_collate(samples), targets_needed=targets_needed)
 
 
