@@ -1,14 +1,17 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import penstock.compression
+from penstock.cli.main import app
 from penstock.compression import create_compression_algorithm, tool
 from penstock.compression.archive import read_compressed, write_compressed
 from penstock.compression.tool import app_function, main, measure, parse_option
@@ -142,6 +145,55 @@ def test_options_are_numbers_where_they_can_be() -> None:
     assert parse_option("block_size=64") == ("block_size", 64)
     assert parse_option("x=0.5") == ("x", 0.5)
     assert parse_option("scale=l1") == ("scale", "l1")
+
+
+def test_nothing_is_lost_by_writing(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = model_file.read_bytes()
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(model_file)
+    for itself in (model_file, link, tmp_path / "." / model_file.name):
+        assert main([str(model_file), "-a", "onebit", "-o", str(itself), "--overwrite"]) == 2
+        assert "the output is the input itself" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.write_bytes(b"dear")
+    assert main([str(model_file), "-a", "onebit", "-o", str(other)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([str(model_file), "-a", "onebit", "-o", str(tmp_path), "--overwrite"]) == 2
+    assert "not a file that can be replaced" in capsys.readouterr().err
+    assert (model_file.read_bytes(), other.read_bytes()) == (before, b"dear")
+    assert main([str(model_file), "-a", "onebit", "-o", str(other), "--overwrite"]) == 0
+    assert f"{other.stat().st_size:,} bytes, from {len(before):,}" in " ".join(capsys.readouterr().out.split())
+    for arguments in (["--decompress", "-o", str(model_file)], ["--decompress", "-o", str(other), "--overwrite"]):
+        packed = other.read_bytes()
+        assert main([str(other), *arguments]) == 2
+        assert (model_file.read_bytes(), other.read_bytes()) == (before, packed)
+    assert main([str(other), "--decompress", "-o", str(model_file), "--overwrite"]) == 0
+    assert load_file(model_file)["ids"].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["none", "onebit"])
+def test_a_compressed_file_is_not_compressed_again(
+    model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    packed = tmp_path / "packed.safetensors"
+    assert main([str(model_file), "-a", name, "-o", str(packed)]) == 0
+    for arguments in ([], ["-a", "bf16", "-o", str(tmp_path / "twice")]):
+        assert main([str(packed), *arguments]) == 2
+        message = capsys.readouterr().err
+        assert f"already compressed, with {name}; turn it back first" in message
+        assert "--decompress" in message
+    rewrite_header(packed, packed, version="?")
+    assert main([str(packed)]) == 2
+    assert "already compressed, with an unknown algorithm" in capsys.readouterr().err
+    assert not (tmp_path / "twice").exists()
+
+
+def test_both_programs_have_the_same_options(capsys: pytest.CaptureFixture[str]) -> None:
+    verb = typer.main.get_command(app).commands["compress"]  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", capsys.readouterr().out.partition("options:")[2]))
+    assert shown - {"-h", "--help"} >= {name for option in verb.params[1:] for name in option.opts}
 
 
 def rewrite_header(source: Path, target: Path, **changes: object) -> None:

@@ -18,6 +18,7 @@ def compress(
         Path | None,
         typer.Option("--output", "-o", show_default=False, help="Write the compressed (or decompressed) tensors here."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if there is one.")] = False,
     decompress: Annotated[bool, typer.Option("--decompress", help="Turn a compressed file back.")] = False,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="Measure tensor by tensor, not as one.")] = False,
 ) -> None:
@@ -38,6 +39,7 @@ def compress(
         output=output,
         decompress=decompress,
         fused=not per_tensor,
+        overwrite=overwrite,
     )
     if code:
         raise typer.Exit(code)

@@ -66,6 +66,19 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CorruptFileError(f"{path}: not a whole safetensors file ({error})") from error
 
 
+def compressed_by(metadata: Mapping[str, str]) -> str | None:
+    """The algorithm that a file's metadata says it was compressed with; None for a file that was not.
+
+    A damaged description gives ``"an unknown algorithm"``: the file is compressed all the same.
+    """
+    if _METADATA_KEY not in metadata:
+        return None
+    try:
+        return _Header.model_validate_json(metadata[_METADATA_KEY]).algorithm
+    except ValidationError:
+        return "an unknown algorithm"
+
+
 def write_compressed(
     path: str | Path,
     tensors: Mapping[str, Tensor],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from penstock._core.files import write_bytes
 from penstock.compression.algorithm import CompressionAlgorithm
-from penstock.compression.archive import read_compressed, read_tensors, write_compressed
+from penstock.compression.archive import compressed_by, read_compressed, read_tensors, write_compressed
 from penstock.compression.registry import create_compression_algorithm, known_algorithms
 
 _FUSED_ELEMENTS: Final = 1 << 24
@@ -123,6 +123,7 @@ def app_function(
     output: Path | None = None,
     decompress: bool = False,
     fused: bool = True,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> int:
     """Load a file, create the algorithms, compress, and print a table.
@@ -134,6 +135,7 @@ def app_function(
         output: Write the compressed tensors (or, with ``decompress``, the decompressed ones) there.
         decompress: Turn a compressed file back into a plain one.
         fused: Measure the tensors end to end rather than one by one.
+        overwrite: Replace the file at ``output`` if there is one; never ``file`` itself.
         console: Where to print; standard output by default.
 
     Returns:
@@ -148,6 +150,7 @@ def app_function(
             raise ValueError("decompressing needs a place to write to: give --output FILE")
         if algorithms or options:
             raise ValueError("a compressed file says which algorithm wrote it: leave out --algorithm and --option")
+        _check_output(file, output, overwrite=overwrite)
         restored, metadata = read_compressed(file)
         write_bytes(output, save(restored, metadata=metadata))
         console.print(f"{output}: {len(restored)} tensors decompressed")
@@ -155,15 +158,36 @@ def app_function(
     if (options or output) and len(algorithms) != 1:
         what = "--output" if output else "--option"
         raise ValueError(f"{what} needs exactly one --algorithm, got {len(algorithms)}")
+    if output is not None:
+        _check_output(file, output, overwrite=overwrite)
     chosen = [create_compression_algorithm(name, options) for name in algorithms or known_algorithms()]
     tensors, metadata = read_tensors(file)
+    former = compressed_by(metadata)
+    if former is not None:
+        raise ValueError(
+            f"{file}: already compressed, with {former}; "
+            f"turn it back first: penstock compress {file} --decompress --output FILE"
+        )
+    bytes_before = file.stat().st_size
     floating = sum(tensor.is_floating_point() for tensor in tensors.values())
     title = f"{file.name}: {floating} floating tensors of {len(tensors)}"
     console.print(render([measure(tensors.values(), algorithm, fused=fused) for algorithm in chosen], title=title))
     if output is not None:
         written = write_compressed(output, tensors, chosen[0], metadata=metadata)
-        console.print(f"{output}: {written:,} bytes, from {file.stat().st_size:,}")
+        console.print(f"{output}: {written:,} bytes, from {bytes_before:,}")
     return 0
+
+
+def _check_output(file: Path, output: Path, *, overwrite: bool) -> None:
+    """Refuse what would be lost by writing: the input, a file that is there, what is not a file."""
+    if not output.exists():
+        return
+    if file.exists() and output.samefile(file):
+        raise ValueError(f"{output}: the output is the input itself; give --output another name")
+    if not output.is_file():
+        raise ValueError(f"{output}: not a file that can be replaced; give --output another name")
+    if not overwrite:
+        raise ValueError(f"{output}: there is such a file already; give --overwrite to replace it, or another --output")
 
 
 def parse_option(text: str) -> tuple[str, int | float | str]:
@@ -187,9 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: python -m penstock.compression model.safetensors --algorithm onebit --option block_size=2048",
     )
     parser.add_argument("file", type=Path, help="a .safetensors file")
-    parser.add_argument("--algorithm", action="append", default=[], metavar="NAME", help="repeatable; default: all")
+    parser.add_argument(
+        "--algorithm", "-a", action="append", default=[], metavar="NAME", help="repeatable; default: all"
+    )
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the algorithm")
-    parser.add_argument("--output", type=Path, help="write the compressed (or decompressed) tensors here")
+    parser.add_argument("--output", "-o", type=Path, help="write the compressed (or decompressed) tensors here")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if there is one")
     parser.add_argument("--decompress", action="store_true", help="turn a compressed file back into a plain one")
     parser.add_argument("--per-tensor", action="store_true", help="measure tensor by tensor, not end to end")
     arguments = parser.parse_args(argv)
@@ -201,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             output=arguments.output,
             decompress=arguments.decompress,
             fused=not arguments.per_tensor,
+            overwrite=arguments.overwrite,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
