@@ -82,6 +82,9 @@ class Accident:
             assert e.at - fault < LIMIT_S, f"rank {e.rank} ended too late\n{text}"
             faulty = e.rank == self.faulty
             codes = (self.code,) if faulty and self.code is not None else FAILED
+            if faulty and self.name.endswith("not closing"):
+                # gloo's threads outlive the group there, and now and then abort the interpreter as it ends
+                codes = (0, -signal.SIGABRT)
             assert e.code in codes, f"rank {e.rank} ended with {e.code}, not {codes}\n{text}"
             patterns = () if faulty and self.silent else self.all_say
             for pattern in patterns + (self.faulty_says if faulty else ()):

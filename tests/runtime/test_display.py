@@ -43,8 +43,8 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
         "evaluated [here]: 3.5",
     ]
     assert lines[0] == (
-        "step 10/25  loss 2.0000  lr 3.00e-04  2 k tokens/s  seqlen 64  kept 48  sent 123 kB/step  bubble 25.0 %  "
-        "0:08 left"
+        "step 10/25  loss 2.0000  lr 3.00e-04  2 k tokens/s  seqlen 64  kept 48  "
+        "rank 0: sent 123 kB/step  bubble 25.0 %  0:08 left"
     )
     assert "\x1b" not in "".join(lines)
 
@@ -52,7 +52,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
 def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
     lines = shown(range(17, 25), total=25).splitlines()
     assert "2 k tokens/s" in lines[0]
-    assert "sent 123 kB/step" in lines[0]
+    assert "rank 0: sent 123 kB/step" in lines[0]
 
 
 def test_on_a_terminal_one_line_is_kept_up_to_date() -> None:

@@ -100,9 +100,12 @@ def test_resuming_is_bitwise(setting: Path, whole: Path) -> None:
     for path in (output / "checkpoints" / "step_00000008").iterdir():
         path.unlink()
     (output / "checkpoints" / "step_00000008").rmdir()
-    ended = run("train", str(setting / "run.yaml"), "--output", str(output), "--resume")
+    # Without a configuration the run's own is taken.
+    ended = run("train", "--output", str(output), "--resume", "--set", "train.log_every=1")
     assert ended.returncode == 0, ended.stderr
     assert "resuming from" in ended.stdout
+    assert "changed since then: train.log_every: 1, was 2" in ended.stdout
+    assert not (output / "corpus").exists()
     assert losses(output) == losses(whole)
 
 
@@ -115,6 +118,26 @@ def test_torchrun_joins_the_given_processes(setting: Path, whole: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert losses(output) == losses(whole)
+    again = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=170
+    )
+    assert again.returncode != 0
+    assert "holds a run already" in again.stderr
+
+
+def test_tokens_outside_the_vocabulary_are_refused_before_processes_start(setting: Path) -> None:
+    ended = run("train", str(setting / "run.yaml"), "--output", str(setting / "no"), "--set", "model.vocab_size=40")
+    assert ended.returncode == 2
+    assert "holds the token 49, but the model's vocabulary is 40" in ended.stderr
+
+
+def test_nothing_to_resume_is_said(setting: Path) -> None:
+    ended = run(
+        *("train", str(setting / "run.yaml"), "--output", str(setting / "new"), "--resume"),
+        *("--set", "pipe.stages=1", "--set", "data_parallel.replicas=1"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "there is nothing to resume in" in ended.stdout
 
 
 def test_a_directory_with_a_run_is_not_overwritten_unasked(setting: Path, whole: Path) -> None:

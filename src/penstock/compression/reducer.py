@@ -14,6 +14,7 @@ from penstock.compression.buckets import DEFAULT_BUCKET_BYTES, Bucket, NamedPara
 from penstock.compression.error_feedback import memory_dtype
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.reduction import Reduction, make_reduction
+from penstock.compression.same_start import check_same_start
 
 
 class Reducer:
@@ -74,6 +75,9 @@ class Reducer:
         ]
         self._slot_of = {p: slot for slot in self._slots for p in slot.bucket.parameters}
         self._armed: set[nn.Parameter] = set()
+        self._check_start: Callable[[], None] | None = lambda: check_same_start(
+            list(self._slot_of), group, meter=meter, watcher=watcher
+        )
         self._started = 0
         self._ask_weight: Callable[[], float] | None = None
         self._weight: float | None = None
@@ -87,7 +91,14 @@ class Reducer:
         return [slot.bucket for slot in self._slots]
 
     def begin_step(self, weight: Callable[[], float]) -> None:
-        """Forget the last step, finished or not; ``weight()`` is asked for when the first bucket starts."""
+        """Forget the last step, finished or not; ``weight()`` is asked for when the first bucket starts.
+
+        Raises:
+            ValueError: Before the first step: the replicas hold different weights.
+        """
+        if self._check_start is not None:
+            self._check_start()
+            self._check_start = None
         self._armed.clear()
         self._started = 0
         self._ask_weight = weight

@@ -55,6 +55,14 @@ class TokenEmbedding(nn.Module):
                 f"a sequence of {length} tokens does not fit the model's context_length={self.context_length}; "
                 f"cut the sequences or build the model with a longer context"
             )
+        # On a GPU the look would cost a synchronisation; there the kernel asserts.
+        if input_ids_BS.device.type == "cpu" and input_ids_BS.numel():
+            low, high = (int(bound) for bound in input_ids_BS.aminmax())
+            if low < 0 or high >= len(self.weight):
+                raise ValueError(
+                    f"token ids run from {low} to {high}, but the vocabulary has ids 0 to {len(self.weight) - 1}; "
+                    "use the tokenizer that the model was sized for, or a larger vocab_size"
+                )
         x_BSD = F.dropout(F.embedding(input_ids_BS, self.weight), self.dropout, self.training)
         position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand(rows, length)
         return {"hidden": x_BSD, "position_ids": position_ids_BS}

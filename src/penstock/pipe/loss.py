@@ -37,9 +37,11 @@ def loss_of(output: Any, targets: Any, loss_fn: LossFn | None, *, stage: int) ->
             f"got {type(loss).__name__}"
         )
     if loss.dim() != 0:
+        remedy = "reduce it, for example with .mean()"
+        if loss_fn is None:
+            remedy = f"give a loss_fn(output, targets) to initialize or PipelineModule, or {remedy}"
         raise ValueError(
-            f"stage {stage}: {source} must return a scalar, got a tensor of shape {tuple(loss.shape)}; "
-            "reduce it, for example with .mean()"
+            f"stage {stage}: {source} must return a scalar, got a tensor of shape {tuple(loss.shape)}; {remedy}"
         )
     if not loss.is_floating_point():
         raise ValueError(f"stage {stage}: {source} must return a floating-point loss, got {loss.dtype}")

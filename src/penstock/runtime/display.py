@@ -123,8 +123,9 @@ class Display:
         parts += [f"{name} {value:g}" for name, value in now.difficulty.items()]
         if now.kept_tokens is not None:
             parts.append(f"kept {now.kept_tokens}")
+        # Of the rank that prints; the closing summary is over all of them.
         if counted:
-            parts.append(f"sent {quantity((sent - sent_before) / len(counted), 'B')}/step")
+            parts.append(f"rank 0: sent {quantity((sent - sent_before) / len(counted), 'B')}/step")
         if seconds > 0:
             parts.append(f"bubble {percent(sum(report.bubble_seconds for report in counted) / seconds)}")
         left = self._total - now.step - 1

@@ -219,7 +219,8 @@ class Engine:
         try:
             yield
         except BaseException as error:
-            error.add_note(f"rank {self.rank}, {what}, step {self.progress.step}")
+            if not getattr(error, "__notes__", ()):  # the pipeline's own says more
+                error.add_note(f"rank {self.rank}, {what}, step {self.progress.step}")
             self.parts.watcher.report(error)
             raise
 

@@ -28,6 +28,7 @@ from penstock.runtime.plain_model import plain_stage
 from penstock.runtime.preparation import prepare
 from penstock.runtime.process import Process
 from penstock.runtime.run_facts import run_facts
+from penstock.runtime.same_start import copy_from_first_replica
 from penstock.runtime.shared_parameters import SharedParameters
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -104,6 +105,7 @@ def initialize(
             stage = plain_stage(model, device=process.device, dtype=dtype)
         else:
             stage = module.build_stage(groups.pipe_rank, device=process.device, dtype=dtype)
+        copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
             ready.dropping.wrap(stage)

@@ -11,11 +11,12 @@ from rich.console import Console
 from penstock._core.files import write_json
 from penstock._core.waiting import Watcher
 from penstock.data_pipeline.datasets import TokenWindows
+from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.tokenize import load_tokenizer
 from penstock.models.gpt import gpt_layers, gpt_loss
-from penstock.pipe.module import PipelineModule
+from penstock.pipe.module import LayerSpec, PipelineModule
 from penstock.runtime import demo
-from penstock.runtime.checkpoint import latest_complete, list_checkpoints
+from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import CompressionSection, DataParallelSection, OptimizerSection, PipeSection
 from penstock.runtime.display import Display
@@ -37,10 +38,12 @@ from penstock.runtime.run_directory import (
     METRICS_NAME,
     SUMMARY_NAME,
 )
+from penstock.runtime.run_facts import flat
 from penstock.runtime.summary import render
 
 DEFAULT_OUTPUT: Final = Path("runs/demo")
 _DEMO_DEADLINE_S: Final = 300.0
+_TOKENS_CHECKED: Final = 1 << 24
 
 
 def train(
@@ -68,8 +71,9 @@ def train(
     Raises:
         ValueError: The configuration, the data or the directory do not allow it; the message says what to change.
     """
+    config_path = _source(config_path, output, resume=resume)
     if launched():
-        return _join(config_path, overrides, output, resume=resume)
+        return _join(config_path, overrides, output, resume=resume, overwrite=overwrite)
     config, folder = _load(config_path, overrides, output)
     _check_directory(folder, resume=resume, overwrite=overwrite)
     if config_path is None:
@@ -77,6 +81,7 @@ def train(
     # What can be refused is refused here, once, and not by every process.
     processes = config.pipe.stages * (config.data_parallel.replicas or 1)
     prepare(_model(config), config, world_size=processes)
+    _check_vocabulary(config)
     if config.data.heldout is not None:
         heldout_windows(config)
     if processes == 1:
@@ -115,7 +120,9 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> HeldOut:
         return evaluate_engine(engine, windows)
 
 
-def _join(config_path: Path | None, overrides: Sequence[str], output: Path | None, *, resume: bool) -> int:
+def _join(
+    config_path: Path | None, overrides: Sequence[str], output: Path | None, *, resume: bool, overwrite: bool
+) -> int:
     """Train as one of the processes that a launcher started."""
     process = None
     if config_path is None:
@@ -126,10 +133,18 @@ def _join(config_path: Path | None, overrides: Sequence[str], output: Path | Non
             with watcher.waiting("the demo's corpus"):
                 gather_json("prepared")
     config, folder = _load(config_path, overrides, output)
+    # Nothing is written before all ranks have met, so all of them see the directory as it was.
+    _check_directory(folder, resume=resume, overwrite=overwrite)
     _train(config, folder, resume=resume)
     if process is not None:
         process.leave()
     return 0
+
+
+def _source(config_path: Path | None, output: Path | None, *, resume: bool) -> Path | None:
+    """The configuration to read: the one named, or when a run is resumed without one, the run's own."""
+    own = (output or DEFAULT_OUTPUT) / CONFIG_NAME
+    return own if config_path is None and resume and own.is_file() else config_path
 
 
 def _load(config_path: Path | None, overrides: Sequence[str], output: Path | None) -> tuple[TrainConfig, Path]:
@@ -176,6 +191,26 @@ def _model(config: TrainConfig) -> PipelineModule:
     )
 
 
+def _check_vocabulary(config: TrainConfig) -> None:
+    """Compare tokens with the vocabulary; of a large corpus only its beginning, the embedding looks at the rest.
+
+    Raises:
+        ValueError: A token lies outside.
+    """
+    model = _model(config).specs[0]
+    assert isinstance(model, LayerSpec)
+    vocab_size = model.module_args[0].vocab_size
+    for name, path in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+        if path is None:
+            continue
+        largest = int(IndexedDataset(path).tokens[:_TOKENS_CHECKED].max(initial=0))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{name}: {path} holds the token {largest}, but the model's vocabulary is {vocab_size}; set "
+                "model.vocab_size, or data.tokenizer to the one that made the tokens"
+            )
+
+
 def _train(config: TrainConfig, folder: Path, *, resume: bool) -> None:
     windows = None if config.data.heldout is None else heldout_windows(config)
     with initialize(_model(config), config) as engine:
@@ -185,10 +220,13 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool) -> None:
             loaded = engine.load_checkpoint(checkpoints)
             if chief:
                 _say(f"resuming from {loaded}")
+                _name_changes(Checkpoint(loaded).read_state()["config"], config)
         elif chief:
             # Also on a resume that finds no complete checkpoint: what is left there is of no use to the new run.
             for entry in list_checkpoints(checkpoints):
                 entry.remove()
+            if resume:
+                _say(f"there is nothing to resume in {folder}: starting at step 0")
         if chief:
             write_json(folder / CONFIG_NAME, config.to_dict())
         log = MetricsLog(folder / METRICS_NAME, resume_step=engine.progress.step) if chief else None
@@ -235,6 +273,14 @@ def _finish(engine: Engine, folder: Path, result: HeldOut | None) -> None:
     if result is not None:
         console.print(result.sentence(), soft_wrap=True)
     console.print(f"checkpoint, metrics and summary are in {folder}", soft_wrap=True)
+
+
+def _name_changes(stored: dict[str, Any], config: TrainConfig) -> None:
+    """Say which settings a resumed run has changed; some, such as its length, change the learning rate from here on."""
+    before, now = flat(stored), flat(config.to_dict())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            _say(f"changed since then: {key}: {now.get(key)}, was {before.get(key)}")
 
 
 def _say(text: str) -> None:

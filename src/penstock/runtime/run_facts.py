@@ -19,19 +19,20 @@ def run_facts(config: TrainConfig, order: DataSampler | None) -> dict[str, Any]:
     Ranks that train on different data or with different optimizers need not fail by themselves: they may go on with
     wrong numbers, or end in an error of the network layer that names neither.
     """
-    facts = {key: value for key, value in _flat(config.to_dict()).items() if key not in _MAY_DIFFER}
+    facts = {key: value for key, value in flat(config.to_dict()).items() if key not in _MAY_DIFFER}
     if order is not None:
         facts["samples in the training data"] = len(order.data)
         facts["order of the training samples (strategy, seed, curriculum)"] = order.fingerprint()
     return facts
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table by dotted keys; what may differ between ranks stays whole."""
+    result: dict[str, Any] = {}
     for name, value in table.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and key not in _MAY_DIFFER:
-            flat |= _flat(value, f"{key}.")
+            result |= flat(value, f"{key}.")
         else:
-            flat[key] = value
-    return flat
+            result[key] = value
+    return result

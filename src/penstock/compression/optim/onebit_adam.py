@@ -24,6 +24,7 @@ from penstock.compression.buckets import DEFAULT_BUCKET_BYTES, make_buckets
 from penstock.compression.error_feedback import memory_dtype
 from penstock.compression.optim._momentum import MomentumBucket
 from penstock.compression.registry import create_compression_algorithm
+from penstock.compression.same_start import check_same_start
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class OneBitAdam(Optimizer):
         )
         compressor = create_compression_algorithm("onebit") if algorithm is None else algorithm
         self._buckets = [MomentumBucket(bucket, compressor, group, meter=meter, watcher=watcher) for bucket in layout]
+        self._check_start: Callable[[], None] | None = self._start_check(group, meter, watcher)
         self._expose_state()
 
     @property
@@ -134,6 +136,13 @@ class OneBitAdam(Optimizer):
             raise ValueError(f"the exchange is bound before the first step, but {self._steps_done()} were made")
         for bucket in self._all_buckets():
             bucket.bind(group, alone=replicas == 1, meter=meter, watcher=watcher)
+        self._check_start = None if replicas == 1 else self._start_check(group, meter, watcher)
+
+    def _start_check(
+        self, group: dist.ProcessGroup | None, meter: Meter | None, watcher: Watcher | None
+    ) -> Callable[[], None]:
+        parameters = [p for param_group in self.param_groups for p in param_group["params"]]
+        return lambda: check_same_start(parameters, group, meter=meter, watcher=watcher)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Groups are given when the optimizer is made.
@@ -161,6 +170,7 @@ class OneBitAdam(Optimizer):
             closure: Reevaluates the model and returns the loss.
 
         Raises:
+            ValueError: Before the first step: the replicas hold different parameters.
             FloatingPointError: A gradient or momentum holds a NaN or infinity on some replica. Raised on every
                 replica, with parameters, moments and step count untouched; error memories of the elements it
                 touched start again from zero.
@@ -169,6 +179,9 @@ class OneBitAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._check_start is not None:
+            self._check_start()
+            self._check_start = None
         step = self._steps_done() + 1
         warming_up = step <= self.freeze_step
         buckets = self._all_buckets()
