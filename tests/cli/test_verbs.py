@@ -143,9 +143,40 @@ def test_inspect_a_checkpoint(run_directory: Path) -> None:
 def test_inspect_a_run(run_directory: Path) -> None:
     good = run("inspect", run_directory)
     assert good.exit_code == 0, good.output
-    assert "newest complete  step 4, layers 1, error memories of 1 ranks" in good.output
+    assert "newest complete  step 4, layers 1, error memories of 1 rank," in good.output
     assert "metrics.jsonl    4 steps, the last is 3" in good.output
     assert "last loss        1.0" in good.output
+
+
+def test_inspect_a_directory_of_checkpoints(run_directory: Path) -> None:
+    checkpoints = run_directory / "checkpoints"
+    (checkpoints / "step_00000006.partial").mkdir()
+    good = run("inspect", checkpoints)
+    assert good.exit_code == 0, good.output
+    lines = good.output.splitlines()
+    assert lines[0] == f"{checkpoints}: checkpoints"
+    assert [line.split()[:4] for line in lines[1:4]] == [
+        ["step_00000002", "step", "2,", "intact,"],
+        ["step_00000004", "step", "4,", "intact,"],
+        ["step_00000006.partial", "step", "6,", "incomplete"],
+    ]
+    (checkpoints / "step_00000002" / "manifest.json").unlink()
+    assert run("inspect", checkpoints).exit_code == 0
+    state = checkpoints / "step_00000004" / "state.json"
+    state.write_text(state.read_text().replace("4", "5"))
+    bad = run("inspect", checkpoints)
+    assert bad.exit_code == 1
+    assert "step 4, damaged" in bad.output
+    assert "state.json: its SHA-256 differs" in bad.output
+    (checkpoints / "step_00000004" / "manifest.json").unlink()
+    none = run("inspect", checkpoints)
+    assert none.exit_code == 1
+    assert "there is no complete checkpoint" in none.output
+
+
+def test_inspect_an_empty_directory_of_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert run("inspect", tmp_path / "checkpoints").exit_code == 1
 
 
 def test_a_run_killed_in_the_middle_of_writing_is_intact(run_directory: Path) -> None:
@@ -200,8 +231,13 @@ def test_inspect_any_sealed_directory(tmp_path: Path) -> None:
 
 
 def test_inspect_tensors_and_strangers(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "x.safetensors")
-    assert "tensors  2\n" in run("inspect", tmp_path / "x.safetensors").output
+    save_file({"a": torch.ones(5), "b": torch.arange(2)}, tmp_path / "x.safetensors")
+    shown = run("inspect", tmp_path / "x.safetensors").output
+    assert "tensors     2\n" in shown
+    assert "parameters  7, 5 of F32, 2 of I64\n" in shown
+    assert "compressed" not in shown
+    assert run("compress", tmp_path / "x.safetensors", "-a", "fp16", "-o", tmp_path / "s.safetensors").exit_code == 0
+    assert "compressed by   fp16, of Penstock\n" in run("inspect", tmp_path / "s.safetensors").output
     (tmp_path / "y.safetensors").write_bytes(b"no")
     assert run("inspect", tmp_path / "y.safetensors").exit_code == 1
     (tmp_path / "z.txt").write_text("hello")

@@ -7,7 +7,9 @@ import typer
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A dataset, analysis, checkpoint, run or .safetensors.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A dataset, analysis, checkpoint(s), run or .safetensors.")
+    ],
 ) -> None:
     """Say what lies at a path and whether it is intact; the exit code is 1 if not.
 
@@ -15,6 +17,7 @@ def inspect(
     Examples:
       penstock inspect data/train
       penstock inspect runs/demo
+      penstock inspect runs/demo/checkpoints
       penstock inspect runs/demo/checkpoints/step_00000200
     """
     from penstock.runtime.inspection import inspect_path

@@ -1,11 +1,14 @@
 """What lies at a path, and whether it is intact."""
 
 import json
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_json, read_manifest
+from penstock.compression.archive import compressed_by
 from penstock.data_pipeline.data_sampling.analysis import Analysis
 from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
 from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
@@ -15,7 +18,7 @@ from penstock.runtime.units import quantity
 
 _UNDERSTOOD = (
     "what can be inspected: a dataset (PREFIX of .bin/.idx, or one of the two), a .safetensors file, an analysis, "
-    "a checkpoint, a run's directory, and any directory sealed with a manifest"
+    "a checkpoint, a directory of checkpoints, a run's directory, and any directory sealed with a manifest"
 )
 
 
@@ -24,7 +27,8 @@ class Finding:
     """What :func:`inspect_path` found.
 
     Attributes:
-        kind: ``dataset``, ``tensors``, ``analysis``, ``checkpoint``, ``run`` or ``sealed directory``.
+        kind: ``dataset``, ``tensors``, ``analysis``, ``checkpoint``, ``checkpoints``, ``run`` or
+            ``sealed directory``.
         facts: What is in it, for people, in order.
         problems: What is wrong with it; empty when it is intact.
     """
@@ -59,6 +63,8 @@ def inspect_path(path: str | os.PathLike[str]) -> Finding:
     if list_checkpoints(place.parent) and place.name.startswith("step_"):
         return _checkpoint(place)
     if not (place / MANIFEST_NAME).is_file():
+        if place.name == CHECKPOINTS_NAME or list_checkpoints(place):
+            return _checkpoints(place)
         raise ValueError(f"{place}: a directory without a manifest, and not a run's; {_UNDERSTOOD}")
     return _sealed(place)
 
@@ -88,11 +94,23 @@ def _tensors(place: Path) -> Finding:
     found = Finding("tensors")
     try:
         with safe_open(place, framework="pt") as file:
-            names = list(file.keys())
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+            former = compressed_by(file.metadata() or {})
     except SafetensorError as error:
         found.problems.append(f"{place}: not a whole safetensors file ({error})")
         return found
-    found.facts = {"tensors": f"{len(names):,}", "size": quantity(place.stat().st_size, "B")}
+    numbers: Counter[str] = Counter()
+    for part in slices:
+        numbers[part.get_dtype()] += math.prod(part.get_shape())
+    found.facts = {
+        "tensors": f"{len(slices):,}",
+        "parameters": ", ".join([f"{numbers.total():,}", *(f"{n:,} of {dtype}" for dtype, n in numbers.most_common())]),
+        "size": quantity(place.stat().st_size, "B"),
+    }
+    if former is not None:
+        # What lies in the file is the algorithm's payloads, not the model's parameters.
+        found.facts["numbers stored"] = found.facts.pop("parameters")
+        found.facts["compressed by"] = f"{former}, of Penstock"
     return found
 
 
@@ -145,9 +163,26 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         "step": f"{checkpoint.step:,}",
         "layers": f"{len(checkpoint.layers)}",
-        "error memories": f"of {len(checkpoint.ranks)} ranks",
+        "error memories": f"of {len(checkpoint.ranks)} {'rank' if len(checkpoint.ranks) == 1 else 'ranks'}",
         "size": quantity(size, "B"),
     }
+
+
+def _checkpoints(place: Path) -> Finding:
+    """A line for each checkpoint. One that was never sealed is no damage, as long as another is complete."""
+    found = Finding("checkpoints")
+    complete = False
+    for entry in list_checkpoints(place):
+        state = "incomplete"
+        if entry.sealed:
+            one = _checkpoint(entry.path)
+            complete = complete or one.intact
+            state = f"intact, {one.facts['size']}" if one.intact else "damaged"
+            found.problems += one.problems
+        found.facts[entry.path.name] = f"step {entry.step:,}, {state}"
+    if not complete:
+        found.problems.append(f"{place}: there is no complete checkpoint")
+    return found
 
 
 def _run(place: Path) -> Finding:
