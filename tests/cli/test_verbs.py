@@ -271,11 +271,46 @@ def test_tokenize_trains_a_tokenizer_and_round_trips(tmp_path: Path) -> None:
     assert (tmp_path / "two.bin").read_bytes() == (tmp_path / "out.bin").read_bytes()
 
 
+def test_tokenize_overwrites_only_when_told(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("water through the gate")
+    arguments = ["tokenize", tmp_path / "corpus.txt", tmp_path / "out", "--vocab-size", 257]
+    made = [tmp_path / f"out{suffix}" for suffix in (".bin", ".idx", ".tokenizer.json")]
+    for one in made:
+        one.write_bytes(b"dear")
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert str(one) in result.output
+        assert "--overwrite" in result.output
+        assert one.read_bytes() == b"dear"
+        one.unlink()
+    assert run(*arguments).exit_code == 0
+    before = [one.read_bytes() for one in made]
+    assert run(*arguments).exit_code == 2
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert [one.read_bytes() for one in made] == before
+    # A tokenizer that is given is read and not written.
+    for one in made[:2]:
+        one.unlink()
+    assert run(*arguments[:3], "--tokenizer", made[2]).exit_code == 0
+
+
+@pytest.mark.parametrize(("name", "option"), [("text", ""), ("body", " --field body")])
+def test_analyze_says_that_text_must_become_tokens(tmp_path: Path, name: str, option: str) -> None:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text(json.dumps({name: "water"}) + "\n")
+    result = run("analyze", file, tmp_path / "difficulty")
+    assert result.exit_code == 2
+    assert f"tokenize it first: penstock tokenize {file} PREFIX{option};" in result.output
+    assert "--column" in result.output
+    assert not (tmp_path / "difficulty").exists()
+
+
 def test_tokenize_names_a_missing_field(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"body": "x"}\n')
     result = run("tokenize", tmp_path / "corpus.jsonl", tmp_path / "out")
     assert result.exit_code == 2
     assert "corpus.jsonl" in result.output
+    assert "--field" in result.output
 
 
 def test_compress_and_back(tmp_path: Path) -> None:
@@ -315,15 +350,38 @@ def test_train_names_what_is_wrong_with_a_configuration(tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
-def test_eval_prints_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step_00000004"])
+def test_eval_prints_the_evaluation_and_of_what(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    newest = run_directory / "checkpoints" / "step_00000004"
+
     def fake(run: Path, overrides: list[str]) -> HeldOut:
-        assert (run, overrides) == (Path("runs/demo"), ["data.heldout=x"])
+        assert (run, overrides) == (newest, ["data.heldout=x"])
         return HeldOut(nats_per_token=3.25, unigram_nats_per_token=6.5, tokens=12345, bits_per_byte=None)
 
     monkeypatch.setattr(main_job, "evaluate", fake)
-    result = run("eval", "runs/demo", "--set", "data.heldout=x")
+    result = run("eval", run_directory / place, "--set", "data.heldout=x")
     assert result.output.splitlines() == [
-        "nats per token: 3.2500",
-        "unigram nats per token: 6.5000",
-        "tokens: 12,345",
+        f"checkpoint              {newest}",
+        "step                    4",
+        "nats per token          3.2500",
+        "unigram nats per token  6.5000",
+        "tokens                  12,345",
     ]
+
+
+def test_eval_names_the_checkpoints_that_there_are(run_directory: Path, tmp_path: Path) -> None:
+    checkpoints = run_directory / "checkpoints"
+    missing = run("eval", checkpoints / "step_00000009")
+    assert missing.exit_code == 2
+    assert f"in {checkpoints} there are step_00000002, step_00000004" in missing.output
+    for step in (2, 4):
+        (checkpoints / f"step_{step:08d}" / "manifest.json").unlink()
+    broken = run("eval", run_directory)
+    assert broken.exit_code == 2
+    assert "step_00000002" in broken.output
+    assert "step_00000004" in broken.output
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoints" in run("eval", tmp_path / "empty").output
+    assert "there is no such directory" in run("eval", tmp_path / "absent").output

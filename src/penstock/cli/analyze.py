@@ -38,8 +38,15 @@ def analyze(
 
     from penstock.data_pipeline.data_sampling.analyzer import KNOWN_METRICS, DataAnalyzer
     from penstock.data_pipeline.datasets import open_dataset
+    from penstock.data_pipeline.datasets.tables import TableColumn
 
     samples = open_dataset(dataset, length=length, column=column)
+    if isinstance(samples, TableColumn) and len(samples) and isinstance(samples[0], str):
+        field = "" if samples.column == "text" else f" --field {samples.column}"
+        raise ValueError(
+            f"{dataset}: column {samples.column!r} holds text, not tokens; tokenize it first: "
+            f"penstock tokenize {dataset} PREFIX{field}; or name a column of tokens with --column"
+        )
     with Console(stderr=True).status("analyzing") as status:
 
         def show(what: str, done: int, total: int) -> None:

@@ -29,6 +29,9 @@ def tokenize(
     split: Annotated[
         SplitChoice, typer.Option("--split", help="What is one document of a plain text file.")
     ] = SplitChoice.FILE,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the dataset and the tokenizer if they are there.")
+    ] = False,
 ) -> None:
     """Turn text into a tokenized dataset (.bin/.idx, readable by Megatron too).
 
@@ -49,11 +52,15 @@ def tokenize(
         train_bpe,
     )
 
+    saved = prefix.with_name(prefix.name + ".tokenizer.json")
+    targets = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), *([saved] if tokenizer is None else [])]
+    there = [str(target) for target in targets if target.exists()]
+    if there and not overwrite:
+        raise ValueError(f"{', '.join(there)}: there already; give --overwrite to replace, or another PREFIX")
     console = Console(stderr=True)
     if tokenizer is None:
         with console.status("training a tokenizer"):
             encoder = train_bpe(read_texts(source, field=field, split=split.value), vocab_size=vocab_size)
-        saved = prefix.with_name(prefix.name + ".tokenizer.json")
         save_tokenizer(encoder, saved)
         typer.echo(f"{saved}: {encoder.get_vocab_size():,} tokens in the vocabulary")
     else:

@@ -19,6 +19,8 @@ JSON_LINES: Final = (".jsonl", ".ndjson")
 PLAIN: Final = (".txt", ".text", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".tex")
 PARQUET: Final = (".parquet",)
 
+_CHOOSE: Final = "choose it with field (--field on the command line)"
+
 
 def kind_of(path: str | os.PathLike[str]) -> str:
     """A file's suffix in lower case, seen through ``.gz``: ``corpus.jsonl.gz`` is ``.jsonl``."""
@@ -88,7 +90,7 @@ def _read_json_lines(file: Path, field: str) -> Iterator[str]:
     for number, value in json_lines(file):
         if isinstance(value, dict):
             if field not in value:
-                raise ValueError(f"{file}, line {number}: {unknown_name('field', field, map(str, value))}")
+                raise ValueError(f"{file}, line {number}: {unknown_name('field', field, map(str, value))}; {_CHOOSE}")
             value = value[field]
         if not isinstance(value, str):
             raise ValueError(f"{file}, line {number}: expected text in {field!r}, found {type(value).__name__}")
@@ -150,7 +152,7 @@ def _read_parquet(file: Path, field: str) -> Iterator[str]:
     with table:
         names = table.schema_arrow.names
         if field not in names:
-            raise ValueError(f"{file}: {unknown_name('column', field, names)}")
+            raise ValueError(f"{file}: {unknown_name('column', field, names)}; {_CHOOSE}")
         kind = table.schema_arrow.field(field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"{file}: column {field!r} holds {kind}, not text")
