@@ -383,5 +383,5 @@ def test_eval_names_the_checkpoints_that_there_are(run_directory: Path, tmp_path
     assert "step_00000002" in broken.output
     assert "step_00000004" in broken.output
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoints" in run("eval", tmp_path / "empty").output
+    assert "no complete checkpoint (it holds none)" in run("eval", tmp_path / "empty").output
     assert "there is no such directory" in run("eval", tmp_path / "absent").output

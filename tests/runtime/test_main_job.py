@@ -87,7 +87,7 @@ def test_a_run_leaves_metrics_checkpoints_and_a_summary(whole: Path) -> None:
 def test_eval_on_one_process_finds_the_same_loss(whole: Path) -> None:
     ended = run("eval", str(whole))
     assert ended.returncode == 0, ended.stderr
-    (loss,) = re.findall(r"^nats per token: ([0-9.]+)", ended.stdout, re.M)
+    (loss,) = re.findall(r"^nats per token +([0-9.]+)", ended.stdout, re.M)
     expected = json.loads((whole / "summary.json").read_text())["heldout"]["nats_per_token"]
     assert float(loss) == pytest.approx(expected, abs=1e-4)
 

@@ -58,5 +58,5 @@ def _resolve(run: Path) -> "Checkpoint":
     if beside is not None:
         names = ", ".join(entry.path.name for entry in list_checkpoints(run.parent) if entry.sealed)
         raise ValueError(f"{run}: no complete checkpoint; in {run.parent} there are {names}")
-    what = "holds no checkpoints" if run.is_dir() else "there is no such directory"
-    raise ValueError(f"{run}: {what}; give the directory of a run (penstock train --output), or one checkpoint of it")
+    what = "it holds none" if run.is_dir() else "there is no such directory"
+    raise ValueError(f"{run}: no complete checkpoint ({what}); give the directory of a run, or one checkpoint of it")
