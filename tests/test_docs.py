@@ -124,6 +124,21 @@ def test_the_loop_of_the_data_pipeline_runs(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def slugs(markdown: str) -> set[str]:
+    """The anchors of a file's headings, as a repository's pages have them."""
+    headings = re.findall(r"^#+ (.+)$", markdown, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_beside_each_part_of_the_readme_stands_a_link_for_readers_of_the_file() -> None:
+    readme = (DOCS.parent / "README.md").read_text()
+    for path in sorted(DOCS.glob("*.md")):
+        page = path.read_text()
+        linked = re.findall(r'\]\(\.\./README\.md#([\w-]+)\)\.\n\n--8<-- "README\.md:\w+"$', page, re.MULTILINE)
+        assert len(linked) == page.count("--8<--"), path
+        assert set(linked) <= slugs(readme), path
+
+
 def named_imports() -> set[tuple[str, str]]:
     """Module and name of every import of the project in the pages' programs."""
     found = set()
