@@ -31,7 +31,7 @@ def test_a_model_may_return_its_loss(wrap: Any) -> None:
     ("value", "message"),
     [
         (torch.ones(2, 3), r"stage 4: .* scalar, got a tensor of shape \(2, 3\)"),
-        (torch.ones(1), r"got a tensor of shape \(1,\); give a loss_fn"),
+        (torch.ones(1), r"got a tensor of shape \(1,\); .*reduce it"),
         (torch.tensor(1), "floating-point loss, got torch.int64"),
         (1.0, "must return a scalar tensor .* got float"),
         ({"logits": 1}, "got dict"),

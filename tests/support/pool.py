@@ -79,6 +79,7 @@ def _worker(connection: Connection) -> None:
         file, name, rank, world_size, port, timeout_s, args, kwargs = job
         try:
             _join(port, rank, world_size, timeout_s)
+            dist.barrier()  # a job that communicates nothing may end before another rank is through connecting
             try:
                 result = _load(file, name)(rank, world_size, *args, **kwargs)
             finally:
