@@ -284,7 +284,7 @@ MISTAKES = [
     Mistake(
         "more processes wanted than started",
         lambda f: start(f, pipe__stages=2, data_parallel__replicas=2),
-        ("pipe.stages=2 * data_parallel.replicas=2 = 4 processes, but 1 were started", "start 4 or change one"),
+        ("pipe.stages=2 * data_parallel.replicas=2 = 4 processes, but 1 was started", "start 4 or change one"),
     ),
     Mistake(
         "a world that is no whole number of pipelines",

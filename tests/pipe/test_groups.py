@@ -14,7 +14,7 @@ def test_one_process_needs_no_group() -> None:
 
 
 def test_a_world_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs 4 processes, but 1 are running"):
+    with pytest.raises(ValueError, match="needs 4 processes, but 1 is running"):
         PipeGroups(PipeDataParallelTopology(2, 2))
 
 

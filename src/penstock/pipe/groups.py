@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 import torch.distributed as dist
 
+from penstock._core.counted import counted
 from penstock._core.waiting import Watcher
 from penstock._version import __version__
 from penstock.pipe.agreement import agree
@@ -77,7 +78,8 @@ class PipeGroups:
         started = dist.get_world_size() if dist.is_initialized() else 1
         if started != world_size:
             raise ValueError(
-                f"{topology!r} needs {world_size} processes, but {started} are running; "
+                f"{topology!r} needs {counted(world_size, 'process', 'processes')}, "
+                f"but {counted(started, 'is', 'are')} running; "
                 "start as many as the product of the axes, or change an axis"
             )
         if "pipe" not in topology.get_axis_names():

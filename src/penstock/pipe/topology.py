@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from penstock._core.counted import counted
+
 
 class ProcessTopology:
     """Maps ranks to coordinates on named axes and back, by arithmetic.
@@ -153,8 +155,9 @@ class ProcessTopology:
         """
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() != self.world_size():
             raise ValueError(
-                f"{self!r} has {self.world_size()} ranks, but {torch.distributed.get_world_size()} processes were "
-                "started; start as many processes as the product of the axes, or change an axis"
+                f"{self!r} has {counted(self.world_size(), 'rank', 'ranks')}, but "
+                f"{counted(torch.distributed.get_world_size(), 'process was', 'processes were')} started; "
+                "start as many processes as the product of the axes, or change an axis"
             )
         return init_device_mesh(device_type, tuple(self.dims), mesh_dim_names=tuple(self.axes))
 

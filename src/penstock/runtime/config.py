@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from penstock._core.counted import counted
 from penstock.data_pipeline.configuration import apply_overrides, read_mapping, validate_config
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
 from penstock.runtime.config_sections import (
@@ -246,14 +247,15 @@ def check_world(config: TrainConfig, world_size: int) -> int:
     if replicas is None:
         if world_size % stages:
             raise ValueError(
-                f"{world_size} processes cannot form whole pipelines of pipe.stages={stages}; "
+                f"{counted(world_size, 'process', 'processes')} cannot form whole pipelines of pipe.stages={stages}; "
                 f"start a multiple of {stages} processes or change pipe.stages"
             )
         replicas = world_size // stages
     elif stages * replicas != world_size:
         raise ValueError(
-            f"pipe.stages={stages} * data_parallel.replicas={replicas} = {stages * replicas} processes, "
-            f"but {world_size} were started; start {stages * replicas} or change one of the two"
+            f"pipe.stages={stages} * data_parallel.replicas={replicas} = "
+            f"{counted(stages * replicas, 'process', 'processes')}, but {counted(world_size, 'was', 'were')} started; "
+            f"start {stages * replicas} or change one of the two"
         )
     config.micro_batches(replicas)
     return replicas

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from penstock._core.counted import counted
 from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_json, read_manifest
 from penstock.compression.archive import compressed_by
 from penstock.data_pipeline.data_sampling.analysis import Analysis
@@ -163,7 +164,7 @@ def _checkpoint_facts(checkpoint: Checkpoint) -> dict[str, str]:
     return {
         "step": f"{checkpoint.step:,}",
         "layers": f"{len(checkpoint.layers)}",
-        "error memories": f"of {len(checkpoint.ranks)} {'rank' if len(checkpoint.ranks) == 1 else 'ranks'}",
+        "error memories": f"of {counted(len(checkpoint.ranks), 'rank', 'ranks')}",
         "size": quantity(size, "B"),
     }
 
