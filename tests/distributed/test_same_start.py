@@ -13,7 +13,9 @@ from support.pool import WorkerPool
 
 def net(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[2].weight = nn.Parameter(torch.randn(8, 3).t())  # not contiguous
+    return model
 
 
 def alone_job(rank: int, world_size: int, kind: str, seeds: list[int]) -> str:

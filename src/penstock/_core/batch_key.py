@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from penstock._core.keys import derive, seed_torch
 
 
@@ -35,9 +37,9 @@ class BatchKey:
         """The 64-bit key of a choice made once per micro-batch in one layer, dropout for example."""
         return derive(self.seed, purpose, self.step, self.micro_batch, layer)
 
-    def seed_layer(self, layer: int) -> None:
-        """Seed torch's generators for what layer ``layer`` draws in this micro-batch."""
-        seed_torch(self.layer_key("dropout", layer))
+    def seed_layer(self, layer: int, device: torch.device | None = None) -> None:
+        """Seed torch's generators, of the CPU and of ``device``, for what layer ``layer`` draws in this micro-batch."""
+        seed_torch(self.layer_key("dropout", layer), device)
 
 
 _local = threading.local()

@@ -1,13 +1,11 @@
 """Keyed randomness: every random choice is a pure function of *what it decides*.
 
 A *key* is a 64-bit integer made from a few integers and strings (:func:`derive`). From a key come a stream
-of counter-based random words (:func:`random_words`), a permutation that needs no table
-(:class:`KeyedPermutation`), or a seeded torch generator (:func:`seed_torch`). No random state is carried along, so
-nothing has to be saved, and the answer is the same on any rank, worker or micro-batch that asks.
+of counter-based random words (:func:`random_words`) or a seeded torch generator (:func:`seed_torch`). No random state
+is carried along, so nothing has to be saved, and the answer is the same on any rank, worker or micro-batch that asks.
 
 The mixer is SplitMix64's finaliser (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014). The permutation is a balanced Feistel network with cycle walking (Black and Rogaway, "Ciphers with
-arbitrary finite domains", CT-RSA 2002).
+OOPSLA 2014).
 """
 
 import hashlib
@@ -25,8 +23,6 @@ _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 _MIX1: Final = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2: Final = np.uint64(0x94D049BB133111EB)
 _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
-
-_FEISTEL_ROUNDS: Final = 6
 
 
 def derive(*parts: int | str) -> int:
@@ -76,73 +72,6 @@ def random_words(key: int, counters: npt.NDArray[np.integer]) -> U64Array:
 def random_floats(key: int, counters: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     """Counter-based uniform numbers in ``[0, 1)`` with 53 random bits each; see :func:`random_words`."""
     return (random_words(key, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-class KeyedPermutation:
-    """A pseudo-random permutation of ``range(size)`` in O(1) memory, evaluated at any index in O(1).
-
-    A Feistel network permutes the smallest even-bit-width power of two that holds ``size``; an index that lands
-    outside is walked on until it falls inside (fewer than four steps on average).
-
-    Args:
-        size: How many elements; at least 1.
-        key: From :func:`derive`.
-    """
-
-    def __init__(self, size: int, key: int) -> None:
-        if size < 1:
-            raise ValueError(f"a permutation needs at least one element, got size={size}")
-        if size > 1 << 62:
-            raise ValueError(f"a permutation of more than 2**62 elements is not supported, got size={size}")
-        self.size = size
-        self.key = key
-        self._half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-        self._half_mask = np.uint64((1 << int(self._half_bits)) - 1)
-        self._round_keys = [np.uint64(derive(key, "feistel", r)) for r in range(_FEISTEL_ROUNDS)]
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __call__(self, index: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Where the permutation sends each index; int64 of the same shape as ``index``."""
-        return self._walk(index, forward=True)
-
-    def inverse(self, index: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The indices that the permutation sends to ``index``; ``p.inverse(p(i)) == i``."""
-        return self._walk(index, forward=False)
-
-    def _walk(self, index: npt.ArrayLike, *, forward: bool) -> npt.NDArray[np.int64]:
-        start = np.asarray(index)
-        if start.size and (int(start.min()) < 0 or int(start.max()) >= self.size):
-            raise IndexError(
-                f"index out of range: a permutation of {self.size} takes 0..{self.size - 1}, "
-                f"got {int(start.min())}..{int(start.max())}"
-            )
-        x = start.astype(np.uint64).reshape(-1)
-        step = self._encrypt if forward else self._decrypt
-        x = step(x)
-        outside = np.flatnonzero(x >= np.uint64(self.size))
-        while outside.size:
-            walked = step(x[outside])
-            x[outside] = walked
-            outside = outside[walked >= np.uint64(self.size)]
-        return x.astype(np.int64).reshape(start.shape)
-
-    def _round(self, half: U64Array, round_key: np.uint64) -> U64Array:
-        with np.errstate(over="ignore"):
-            return mix(half * _GOLDEN + round_key) & self._half_mask
-
-    def _encrypt(self, x: U64Array) -> U64Array:
-        left, right = x >> self._half_bits, x & self._half_mask
-        for round_key in self._round_keys:
-            left, right = right, left ^ self._round(right, round_key)
-        return (left << self._half_bits) | right
-
-    def _decrypt(self, x: U64Array) -> U64Array:
-        left, right = x >> self._half_bits, x & self._half_mask
-        for round_key in reversed(self._round_keys):
-            left, right = right ^ self._round(left, round_key), left
-        return (left << self._half_bits) | right
 
 
 def seed_torch(key: int, device: torch.device | None = None) -> None:

@@ -42,11 +42,6 @@ class Meter:
         share = 2 * nbytes * (ranks - 1) // ranks
         self.count(kind, sent=share, received=share)
 
-    def all_to_all(self, kind: str, nbytes: int, ranks: int) -> None:
-        """Count an all-to-all in which this rank's whole send buffer holds ``nbytes``."""
-        share = nbytes * (ranks - 1) // ranks
-        self.count(kind, sent=share, received=share)
-
     def all_gather(self, kind: str, nbytes: int, ranks: int) -> None:
         """Count an all-gather to which this rank contributes ``nbytes``."""
         share = nbytes * (ranks - 1)

@@ -46,8 +46,3 @@ class ErrorMemory:
     def tensors(self) -> dict[str, Tensor]:
         """Both memories by name, for a state dict; not copies."""
         return {"worker": self.worker, "server": self.server}
-
-    def reset(self) -> None:
-        """Forget what is owed."""
-        self.worker.zero_()
-        self.server.zero_()

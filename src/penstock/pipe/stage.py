@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from penstock._core.batch_key import BatchKey, entered
-from penstock._core.keys import seed_torch
 from penstock.pipe.layer_spec import layer_name
 from penstock.pipe.ties import Tie
 
@@ -177,7 +176,7 @@ class Stage(nn.Module):
         with entered(key):
             for index in range(start, stop):
                 if self.training:
-                    seed_torch(key.layer_key("dropout", index), device)
+                    key.seed_layer(index, device)
                 value = self.layers[str(index)](value)
         return value
 

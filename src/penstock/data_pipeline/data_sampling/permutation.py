@@ -1,9 +1,9 @@
 """Many keyed permutations at once: each element names its own size and key.
 
 The sampler draws from up to 256 blocks, or from many epochs, in one call; one permutation at a time would cost a
-hundred numpy calls each. Like :class:`penstock._core.keys.KeyedPermutation` this is a Feistel network with cycle
-walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), but the halves need not have the same
-width, so the network's domain is less than twice the size and an index walks one extra step on average at most.
+hundred numpy calls each. This is a Feistel network with cycle
+walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), whose halves need not have the same
+width: so the network's domain is less than twice the size and an index walks one extra step on average at most.
 """
 
 from typing import Any, Final
