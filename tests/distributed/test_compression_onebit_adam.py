@@ -269,3 +269,37 @@ def test_an_engine_says_who_the_replicas_are(pool: WorkerPool) -> None:
     assert min(sent) > 0
     assert memories == ({},) * 4
     assert all("before the first step, but 5 were made" in text for text in said)
+
+
+def owe(rank: int, world_size: int, states: list[dict[str, Any]] | None) -> tuple[dict[str, Any], bool]:
+    model = odd_model()
+    optimizer = OneBitAdam(groups(model), lr=3e-3, freeze_step=2, bucket_bytes=400)
+    fits = True
+    if states is None:
+        for step in range(5):
+            backward(model, rank, step)
+            optimizer.step()
+    else:
+        fits = optimizer.load_error_states(states)
+    return {name: memory.clone() for name, memory in optimizer.error_state().items()}, fits
+
+
+def owed(states: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What the next average is still to get, by bucket."""
+    names = {name.partition(".")[0] for name in states[0]}
+    return {
+        name: sum(s[f"{name}.worker"] for s in states) / len(states) + torch.cat([s[f"{name}.server"] for s in states])
+        for name in names
+    }
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4)])
+def test_another_number_of_replicas_owes_the_same(pool: WorkerPool, before: int, after: int) -> None:
+    old = [state for state, _ in pool.run(owe, before, None)]
+    answers = pool.run(owe, after, old)
+    assert all(fits for _, fits in answers)
+    then, now = owed(old), owed([state for state, _ in answers])
+    assert then.keys() == now.keys()
+    for name, debt in then.items():
+        assert debt.any()
+        torch.testing.assert_close(now[name], debt, rtol=1e-5, atol=1e-7)

@@ -14,7 +14,7 @@ from penstock.compression.error_feedback import ErrorFeedback
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.local_gradients import LocalGradients
 from penstock.compression.module import CompressionModule, initialize_module
-from penstock.compression.optim import OneBitAdam
+from penstock.compression.optim import OneBitAdam, OneBitLamb, ZeroOneAdam
 from penstock.compression.reducer import Reducer
 from penstock.compression.registry import (
     create_compression_algorithm,
@@ -37,9 +37,11 @@ __all__ = [
     "ErrorMemory",
     "LocalGradients",
     "OneBitAdam",
+    "OneBitLamb",
     "Payload",
     "PayloadField",
     "Reducer",
+    "ZeroOneAdam",
     "compressed_allreduce",
     "create_compression_algorithm",
     "ddp_compression_hook",

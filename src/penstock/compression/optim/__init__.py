@@ -1,5 +1,7 @@
 """Optimizers that communicate by themselves."""
 
 from penstock.compression.optim.onebit_adam import OneBitAdam
+from penstock.compression.optim.onebit_lamb import OneBitLamb
+from penstock.compression.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["OneBitAdam"]
+__all__ = ["OneBitAdam", "OneBitLamb", "ZeroOneAdam"]
