@@ -1,5 +1,7 @@
 """The engine computes what one process does: losses and gradients, for every layout and schedule."""
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ from penstock._core.waiting import Watcher
 from penstock.pipe import PipeDataParallelTopology
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
+from penstock.pipe.schedule import Schedule
 from support.pipe_exchange import PlainExchange
 from support.pipe_models import batch, cross_entropy, language_model
+from support.pipe_schedules import v_shaped
 from support.pool import WorkerPool
 
 SEED = 5
@@ -57,7 +61,7 @@ def train(
     rank: int,
     world_size: int,
     pipe: int,
-    schedule: str,
+    schedule: str | Schedule,
     interval: int = 0,
     dropout: float = 0.3,
     payload_backend: str | None = None,
@@ -65,15 +69,18 @@ def train(
     torch.set_default_dtype(torch.float64)
     try:
         topology = PipeDataParallelTopology(pipe, world_size // pipe)
-        module = language_model(pipe, interval=interval, dropout=dropout)
+        placement = tuple(range(pipe)) if isinstance(schedule, str) else schedule.placement
+        module = language_model(len(placement), interval=interval, dropout=dropout)
         with Watcher(rank=rank, deadline_s=30.0) as watcher:
-            groups = PipeGroups(topology, tied=tied_ranks(module), watcher=watcher, payload_backend=payload_backend)
-            stage = module.build_stage(groups.pipe_rank)
-            exchange = PlainExchange(stage.parameters(), groups.replicas)
+            tied = tied_ranks(module, placement)
+            groups = PipeGroups(topology, tied=tied, watcher=watcher, payload_backend=payload_backend)
+            stages = [module.build_stage(s) for s, holder in enumerate(placement) if holder == groups.pipe_rank]
+            parameters = [parameter for stage in stages for parameter in stage.parameters()]
+            exchange = PlainExchange(parameters, groups.replicas)
             meter = Meter()
             local = GLOBAL_MICRO_BATCHES // groups.num_replicas
             engine = PipelineEngine(
-                stage,
+                stages,
                 schedule=schedule,
                 micro_batches=local,
                 groups=groups,
@@ -85,14 +92,20 @@ def train(
             )
             losses = []
             for step in range(STEPS):
-                stage.zero_grad()
+                for parameter in parameters:
+                    parameter.grad = None
                 batches = [batch(step, groups.replica * local + index) for index in range(local)]
                 losses.append(engine.train_step(batches, step=step).loss)
                 with torch.no_grad():
-                    for parameter in stage.parameters():
+                    for parameter in parameters:
                         assert parameter.grad is not None
                         parameter -= LEARNING_RATE * parameter.grad
-            gradients = {name: p.grad.clone() for name, p in stage.canonical_parameters() if p.grad is not None}
+            gradients = {
+                name: p.grad.clone()
+                for stage in stages
+                for name, p in stage.canonical_parameters()
+                if p.grad is not None
+            }
             return losses, gradients, meter.state_dict()
     finally:
         torch.set_default_dtype(torch.float32)
@@ -120,6 +133,20 @@ def test_every_layout_equals_one_process(pool: WorkerPool, pipe: int, data: int,
 @pytest.mark.parametrize("interval", [1, 2])
 def test_recomputed_activations_change_nothing(pool: WorkerPool, interval: int) -> None:
     check(pool.run(train, 2, 2, "1f1b", interval), reference())
+
+
+@pytest.mark.parametrize(("interval", "seed"), [(0, 1), (0, 2), (2, 3)])
+def test_several_stages_per_rank_and_split_backward_passes_change_nothing(
+    pool: WorkerPool, interval: int, seed: int
+) -> None:
+    """A random order of a V-shaped placement, a part of its backward passes split."""
+    schedule = v_shaped(2, GLOBAL_MICRO_BATCHES, random.Random(seed))
+    check(pool.run(train, 2, 2, schedule, interval), reference())
+
+
+def test_replicas_with_split_backward_passes(pool: WorkerPool) -> None:
+    schedule = v_shaped(2, GLOBAL_MICRO_BATCHES // 2, random.Random(4))
+    check(pool.run(train, 4, 2, schedule), reference())
 
 
 def test_tensors_apart_from_their_frames_change_nothing(pool: WorkerPool) -> None:

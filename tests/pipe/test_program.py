@@ -1,5 +1,3 @@
-import pytest
-
 from penstock.pipe.program import Program
 from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
 
@@ -13,14 +11,15 @@ def test_the_program_of_a_rank() -> None:
     assert text(program) == ("1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1 1RECV_F2 1F2 1B2 1SEND_B2")
     assert program.stages == (1,)
     assert program.messages == {Channel(0, 1, "F"): 3, Channel(1, 0, "B"): 3}
-    assert program.last_backward == {1: 2}
+    assert program.last_backward == {1: Action(1, "B", 2)}
+    assert not program.split
 
 
 def test_the_last_backward_of_gpipe_is_where_its_order_ends() -> None:
     schedule = get_schedule("gpipe", 3, 4)
     for rank in range(3):
         last = [action for action in schedule.ranks[rank] if action.op == "B"][-1]
-        assert Program.of(schedule, rank).last_backward == {rank: last.micro_batch}
+        assert Program.of(schedule, rank).last_backward == {rank: last}
 
 
 def test_forward_only_keeps_the_placement() -> None:
@@ -34,7 +33,8 @@ def test_forward_only_keeps_the_placement() -> None:
     assert program.schedule.forward_only
 
 
-def test_split_backward_passes_are_refused() -> None:
-    schedule = Schedule.from_ranks([[Action(0, op, 0) for op in "FIW"]], "split")
-    with pytest.raises(ValueError, match="schedule 'split', rank 0, action 0I0: the engine runs whole backward passes"):
-        Program.of(schedule, 0)
+def test_gradients_are_final_after_the_last_weight_half() -> None:
+    order = [Action.parse(f"0{text}") for text in ("F0", "F1", "F2", "I0", "B1", "I2", "W2", "W0")]
+    program = Program.of(Schedule.from_ranks([order], "split"), 0)
+    assert program.last_backward == {0: Action(0, "W", 0)}
+    assert program.split == {(0, 0), (0, 2)}

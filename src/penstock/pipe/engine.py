@@ -9,6 +9,12 @@ A rank goes through its program, one action after the other::
     B       mailbox, in flight -> backward pass     -> outbox
     SEND_B  outbox -> the stage before, without waiting for it
 
+Where a schedule splits the backward pass, I and W stand for B: I makes the value for SEND_B, and leaves the work on the
+weights for W::
+
+    I       mailbox, in flight -> input gradients   -> outbox, weight work
+    W       weight work -> weight gradients
+
 Neighbouring stages on the same rank go from mailbox to mailbox. After the last action come the sum of tied gradients,
 the exchange over replicas and the mean loss.
 """
@@ -19,7 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from penstock._core.batch_key import BatchKey
 from penstock._core.meter import Meter
@@ -36,11 +42,13 @@ from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.program import Program
 from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
 from penstock.pipe.schedule.validate import validate
-from penstock.pipe.stage import Stage
+from penstock.pipe.split_backward import SplitBackward
+from penstock.pipe.stage import Cut, Stage
 from penstock.pipe.step import InFlight, StepResult, StepState
 from penstock.pipe.tied import TiedGradients
 from penstock.pipe.transport import Received, Transport
 from penstock.pipe.value import flatten, to_device, unflatten
+from penstock.pipe.weight_work import WeightWork, with_gradients
 
 
 class PipelineEngine:
@@ -109,7 +117,13 @@ class PipelineEngine:
             stage.index: [p for _, p in stage.canonical_parameters() if p.requires_grad and id(p) not in tied]
             for stage in local
         }
+        self._splits = {stage.index: SplitBackward() for stage in local}
         self._agreed = groups.store is None
+
+    @property
+    def whole_reasons(self) -> dict[int, tuple[str, ...]]:
+        """For each local stage, why some of its weight gradients cannot wait, as far as split passes have shown."""
+        return {index: tuple(split.reasons) for index, split in self._splits.items()}
 
     def train_step(self, batches: Sequence[MicroBatch], *, step: int, tally: float = 0.0) -> StepResult:
         """Forward and backward passes of one step; leaves the gradient of the global batch in ``.grad``.
@@ -230,12 +244,19 @@ class PipelineEngine:
                 self._communicate(action, channel, state)
                 continue
             start = time.perf_counter()
+            last = action == program.last_backward.get(stage)
             if op == "F":
-                self._forward(self.stages[stage], micro_batch, state)
-            else:
-                if micro_batch == program.last_backward[stage]:
+                self._forward(self.stages[stage], micro_batch, state, split=(stage, micro_batch) in program.split)
+            elif op == "B":
+                if last:
                     self.exchange.arm(self._untied[stage])
                 self._backward(self.stages[stage], micro_batch, state)
+            elif op == "I":
+                self._backward_inputs(self.stages[stage], micro_batch, state)
+            elif last:
+                self._finish_weights(self._untied[stage], state.weight_work.pop((stage, micro_batch)))
+            else:
+                state.weight_work.pop((stage, micro_batch)).run()
             self.meter.add_seconds("compute", time.perf_counter() - start)
         state.action = None
 
@@ -251,7 +272,7 @@ class PipelineEngine:
         address = Address(direction, stage + 1 if direction == "F" else stage - 1, state.number, index)
         self._transport.send(channel, address, value.structure, value.tensors, value.positions)
 
-    def _forward(self, stage: Stage, micro_batch: int, state: StepState) -> None:
+    def _forward(self, stage: Stage, micro_batch: int, state: StepState, *, split: bool) -> None:
         batch = state.batches[micro_batch]
         leaves: list[Tensor] = []
         positions = batch.positions
@@ -265,7 +286,8 @@ class PipelineEngine:
                 leaves = [tensor.requires_grad_() for tensor, wants in wanted if wants]
             value = unflatten(arrived.structure, arrived.tensors)
             del arrived
-        output = stage(value, BatchKey(self.seed, state.number, batch.index, positions))
+        cuts: list[Cut] | None = [] if split and not leaves and state.backward else None
+        output = stage(value, BatchKey(self.seed, state.number, batch.index, positions), cuts)
         if stage.is_last:
             outputs = self._finish_forward(stage, micro_batch, output, state)
         else:
@@ -273,7 +295,7 @@ class PipelineEngine:
             self._pass_on("F", stage.index, micro_batch, Received(structure, tensors, (), positions), state)
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
         if state.backward:
-            state.in_flight[stage.index, micro_batch] = InFlight(leaves, outputs)
+            state.in_flight[stage.index, micro_batch] = InFlight(leaves, outputs, cuts[0] if cuts else None)
 
     def _finish_forward(self, stage: Stage, micro_batch: int, output: Any, state: StepState) -> list[Tensor]:
         """The end of the model: the loss, or the output kept for a prediction."""
@@ -295,16 +317,41 @@ class PipelineEngine:
 
     def _backward(self, stage: Stage, micro_batch: int, state: StepState) -> None:
         passed = state.in_flight.pop((stage.index, micro_batch))
+        outputs, gradients = self._gradients(stage, micro_batch, passed, state)
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        self._pass_back(stage, micro_batch, [leaf.grad for leaf in passed.leaves], state)
+
+    def _backward_inputs(self, stage: Stage, micro_batch: int, state: StepState) -> None:
+        passed = state.in_flight.pop((stage.index, micro_batch))
+        outputs, gradients = self._gradients(stage, micro_batch, passed, state)
+        found, work = self._splits[stage.index].input_half(outputs, gradients, passed.leaves, passed.cut)
+        state.weight_work[stage.index, micro_batch] = work
+        self._pass_back(stage, micro_batch, found, state)
+
+    def _finish_weights(self, parameters: list[nn.Parameter], work: WeightWork) -> None:
+        """Run the last weight work of a stage, telling the exchange which gradients it makes final as it goes."""
+        left = {id(parameter): parameter for parameter in parameters}
+
+        def arm(finished: list[Tensor]) -> None:
+            self.exchange.arm([left.pop(id(parameter)) for parameter in finished if id(parameter) in left])
+
+        work.run(arm)
+        self.exchange.ready(left.values())
+
+    def _gradients(
+        self, stage: Stage, micro_batch: int, passed: InFlight, state: StepState
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What a backward pass starts from: outputs and their gradients."""
         if stage.is_last:
-            passed.outputs[0].backward()
-        else:
-            arrived = state.mailbox.pop(("B", stage.index, micro_batch))
-            gradients = unflatten(arrived.structure, arrived.tensors)
-            pairs = [pair for pair in zip(passed.outputs, gradients, strict=True) if pair[1] is not None]
-            if pairs:
-                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+            return passed.outputs, [torch.ones_like(passed.outputs[0])]
+        arrived = state.mailbox.pop(("B", stage.index, micro_batch))
+        gradients = unflatten(arrived.structure, arrived.tensors)
+        return with_gradients(passed.outputs, gradients)
+
+    def _pass_back(self, stage: Stage, micro_batch: int, gradients: Sequence[Tensor | None], state: StepState) -> None:
         if not stage.is_first:
-            structure, tensors = flatten([leaf.grad for leaf in passed.leaves])
+            structure, tensors = flatten(list(gradients))
             self._pass_on("B", stage.index, micro_batch, Received(structure, tensors, (), ()), state)
 
     def _pass_on(self, direction: str, stage: int, micro_batch: int, value: Received, state: StepState) -> None:

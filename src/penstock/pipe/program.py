@@ -3,9 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from penstock.pipe.schedule import Action, Channel, Schedule, channel_of, place_communication
-
-_RUNNABLE = frozenset({"F", "B"})
+from penstock.pipe.schedule import COMPUTE_OPS, Action, Channel, Schedule, channel_of, place_communication
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +16,8 @@ class Program:
         stages: The stages it holds, in model order.
         steps: Computation, sends and receives, in order; a send or receive comes with its channel.
         messages: How many messages each of the rank's channels carries.
-        last_backward: For each stage, the micro-batch whose backward pass comes last.
+        last_backward: For each stage, the action after which the gradients of its weights are final.
+        split: Stages and micro-batches whose backward pass is split.
     """
 
     schedule: Schedule
@@ -26,23 +25,14 @@ class Program:
     stages: tuple[int, ...]
     steps: tuple[tuple[Action, Channel | None], ...]
     messages: dict[Channel, int]
-    last_backward: dict[int, int]
+    last_backward: dict[int, Action]
+    split: frozenset[tuple[int, int]]
 
     @classmethod
     def of(cls, schedule: Schedule, rank: int) -> "Program":
-        """Prepare a schedule.
-
-        Raises:
-            ValueError: The schedule has an op that the engine does not run.
-        """
-        for action in schedule.ranks[rank]:
-            if action.op not in _RUNNABLE:
-                raise ValueError(
-                    f"schedule {schedule.name!r}, rank {rank}, action {action}: the engine runs whole backward passes "
-                    "(B); choose a schedule without split ones, such as '1f1b'"
-                )
+        """Prepare a schedule."""
         steps = tuple(
-            (action, None if action.op in _RUNNABLE else channel_of(action, schedule.placement))
+            (action, None if action.op in COMPUTE_OPS else channel_of(action, schedule.placement))
             for action in place_communication(schedule)[rank]
         )
         return cls(
@@ -51,7 +41,8 @@ class Program:
             stages=schedule.stages_of(rank),
             steps=steps,
             messages=dict(Counter(channel for _, channel in steps if channel is not None)),
-            last_backward={action.stage: action.micro_batch for action, _ in steps if action.op == "B"},
+            last_backward={action.stage: action for action, _ in steps if action.op in ("B", "W")},
+            split=frozenset((action.stage, action.micro_batch) for action, _ in steps if action.op == "W"),
         )
 
     def forward_only(self, micro_batches: int) -> "Program":

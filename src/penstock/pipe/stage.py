@@ -1,15 +1,16 @@
 """The layers that one pipeline stage holds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from penstock._core.batch_key import BatchKey, entered
 from penstock.pipe.layer_spec import layer_name
+from penstock.pipe.recompute import checkpointed, is_recomputing
 from penstock.pipe.ties import Tie
+from penstock.pipe.value import flatten, map_tensors
 
 
 class FunctionLayer(nn.Module):
@@ -35,6 +36,18 @@ class TiedForward(nn.Module):
     def forward(self, value: Any) -> Any:
         """Call ``forward_fn(module, value)``."""
         return self.forward_fn(self.module, value)
+
+
+class Cut(NamedTuple):
+    """Where a stage's graph was cut in two.
+
+    Attributes:
+        outputs: Tensors of the part before the cut that require a gradient.
+        leaves: The same values as leaves of the part after it.
+    """
+
+    outputs: list[Tensor]
+    leaves: list[Tensor]
 
 
 class Stage(nn.Module):
@@ -94,7 +107,7 @@ class Stage(nn.Module):
         first = next(self.parameters(), None)
         return self._device if first is None else first.device
 
-    def forward(self, value: Any, key: BatchKey | None = None) -> Any:
+    def forward(self, value: Any, key: BatchKey | None = None, cuts: list[Cut] | None = None) -> Any:
         """Run the layers in order.
 
         In train mode every layer draws its random numbers from ``(key, canonical layer index)``, so the result does
@@ -105,15 +118,22 @@ class Stage(nn.Module):
                 dicts, tensors and plain values.
             key: Names the micro-batch. None leaves torch's random state alone (and then checkpointing saves and
                 restores it, which is slower).
+            cuts: Given a list, the graph is cut after the first layer (or checkpointed group) whose output requires a
+                gradient, unless that is the last one, and the cut is added to the list. A stage whose input requires
+                no gradient has an input half to its backward pass only so: the one down to the cut.
 
         Returns:
             What the last layer here returned.
         """
-        interval = self.activation_checkpoint_interval
-        if interval == 0 or not torch.is_grad_enabled():
+        interval = self.activation_checkpoint_interval if torch.is_grad_enabled() else 0
+        if interval == 0 and cuts is None:
             return self._run(self.start, self.stop, value, key)
-        for start in range(self.start, self.stop, interval):
-            value = self._checkpointed(start, min(start + interval, self.stop), value, key)
+        for start in range(self.start, self.stop, interval or 1):
+            stop = min(start + (interval or 1), self.stop)
+            run = self._checkpointed if interval else self._run
+            value = run(start, stop, value, key)
+            if cuts is not None and not cuts and stop < self.stop:
+                value = _cut(value, cuts)
         return value
 
     def wrap_layers(self, fn: Callable[[int, nn.Module], nn.Module | None]) -> None:
@@ -181,15 +201,41 @@ class Stage(nn.Module):
         return value
 
     def _checkpointed(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
+        random_state = torch.get_rng_state() if key is None else None
+
         def run(kept: Any) -> Any:
             # A layer may fill in the containers that it is given; the recomputation must find them as they were.
-            return self._run(start, stop, _copy_containers(kept), key)
+            if random_state is None or not is_recomputing():
+                return self._run(start, stop, _copy_containers(kept), key)
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(random_state)
+                return self._run(start, stop, _copy_containers(kept), key)
 
-        return checkpoint(run, value, use_reentrant=False, preserve_rng_state=key is None)
+        return checkpointed(run, value)
 
     def extra_repr(self) -> str:
         """Which layers of which pipeline."""
         return f"stage {self.index} of {self.num_stages}, layers {self.start} to {self.stop - 1}"
+
+
+def _cut(value: Any, cuts: list[Cut]) -> Any:
+    try:
+        flatten(value)
+    except ValueError:
+        return value  # an object of an unknown type may hold tensors of the graph, which would not be cut there
+    cut = Cut([], [])
+
+    def separate(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        cut.outputs.append(tensor)
+        cut.leaves.append(tensor.detach().requires_grad_())
+        return cut.leaves[-1]
+
+    value = map_tensors(separate, value)
+    if cut.outputs:
+        cuts.append(cut)
+    return value
 
 
 def _copy_containers(value: Any) -> Any:

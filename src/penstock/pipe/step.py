@@ -8,7 +8,9 @@ from torch import Tensor
 
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.schedule import Action
+from penstock.pipe.stage import Cut
 from penstock.pipe.transport import Received
+from penstock.pipe.weight_work import WeightWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,12 @@ class InFlight:
     Attributes:
         leaves: Inputs whose gradient the stage before wants.
         outputs: What the next stage was told wants a gradient; on the last stage, the loss.
+        cut: Where the graph ends before the input, if it was cut.
     """
 
     leaves: list[Tensor]
     outputs: list[Tensor]
+    cut: Cut | None
 
 
 @dataclass(slots=True)
@@ -54,7 +58,8 @@ class StepState:
         targets_used: Whether the last stage computes a loss; otherwise its outputs are kept.
         mailbox: Values that arrived, by direction, stage and micro-batch.
         outbox: Values to be sent, likewise, by the stage that sends.
-        in_flight: By stage and micro-batch, from F to B.
+        in_flight: By stage and micro-batch, from F to B or I.
+        weight_work: By stage and micro-batch, from I to W.
         losses: Detached, of the micro-batches done so far.
         outputs: Of the last stage, by micro-batch.
         action: Under way, for error messages.
@@ -67,6 +72,7 @@ class StepState:
     mailbox: dict[tuple[str, int, int], Received] = field(default_factory=dict)
     outbox: dict[tuple[str, int, int], Received] = field(default_factory=dict)
     in_flight: dict[tuple[int, int], InFlight] = field(default_factory=dict)
+    weight_work: dict[tuple[int, int], WeightWork] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
     outputs: dict[int, Any] = field(default_factory=dict)
     action: Action | None = None

@@ -20,7 +20,7 @@ values or tuples of them.
 
 import json
 from collections import OrderedDict, namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -86,14 +86,19 @@ def structure_from_json(value: Any) -> Structure:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """The same nest with its tensors on ``device``; objects of unknown types are left as they are."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nest with ``function`` applied to its tensors; objects of unknown types are left as they are."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if type(value) in (tuple, list):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(map_tensors(function, item) for item in value)
     if type(value) in (dict, OrderedDict):
-        return type(value)((key, to_device(item, device)) for key, item in value.items())
+        return type(value)((key, map_tensors(function, item)) for key, item in value.items())
     if _is_named_tuple(value):
-        return type(value)(*(to_device(item, device) for item in value))
+        return type(value)(*(map_tensors(function, item) for item in value))
     return value
 
 
