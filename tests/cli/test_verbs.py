@@ -1,6 +1,7 @@
 """The verbs that work on files, on small ones made here; what they print is checked against what was put in."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,29 @@ def test_analyze_windows_with_both_metrics(dataset: Path, tmp_path: Path) -> Non
     assert analysis.metrics == ("seqlen", "vocabularyrarity")
     assert analysis.values("seqlen").tolist() == [5, 5, 5]  # (16 - 1) // 4 windows of 4 + 1 tokens
     assert run("analyze", dataset, tmp_path / "d", "--metric", "seqlength").exit_code == 2
+
+
+def longest(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    return np.diff(offsets) * 10
+
+
+def test_analyze_with_functions_and_a_picture(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_metrics", sys.modules[__name__])
+    arguments = ["analyze", dataset, tmp_path / "d", "-m", "my_metrics:longest", "-m", "uniqueratio"]
+    result = run(*arguments, "--picture", tmp_path / "p.svg", "--resume")
+    assert result.exit_code == 0, result.output
+    assert DataAnalyzer.load(tmp_path / "d").values("longest").tolist() == [10 * n for n in LENGTHS]
+    assert (tmp_path / "p.svg").is_file()
+    for extra, message in (
+        (["-m", "loss"], "the metric loss needs a model"),
+        (["--model", tmp_path], "give --metric loss too"),
+        (["--picture", "x.txt"], "a picture ends in"),
+        (["--engine", "spark"], "'spark' is not one of"),
+    ):
+        wrong = run("analyze", dataset, tmp_path / "e", *extra)
+        assert wrong.exit_code == 2
+        assert message in wrong.output
+    assert not (tmp_path / "e").exists()
 
 
 def test_inspect_a_checkpoint(run_directory: Path) -> None:

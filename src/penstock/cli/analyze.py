@@ -1,9 +1,17 @@
 """``penstock analyze``."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+class EngineChoice(StrEnum):
+    """Where the work is done."""
+
+    NATIVE = "native"
+    RAY = "ray"
 
 
 def analyze(
@@ -14,8 +22,16 @@ def analyze(
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", "-m", metavar="NAME", help="seqlen or vocabularyrarity. Repeatable; without it, both."
+            "--metric",
+            "-m",
+            metavar="NAME",
+            help="seqlen, vocabularyrarity, compressionratio, uniqueratio, repeatedngrams, loss (with --model), or "
+            "package.module:function. Repeatable; without it, the first two.",
         ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", show_default=False, help="For loss: a run, a checkpoint, or a Hugging Face model."),
     ] = None,
     length: Annotated[
         int | None,
@@ -26,6 +42,14 @@ def analyze(
     column: Annotated[
         str | None, typer.Option("--column", show_default=False, help="Column of a table that holds the tokens.")
     ] = None,
+    engine: Annotated[
+        EngineChoice, typer.Option("--engine", help="This machine's cores, or a Ray cluster (RAY_ADDRESS).")
+    ] = EngineChoice.NATIVE,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an analysis that was cut off.")] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", show_default=False, help="Draw the distributions (.png, .svg or .pdf)."),
+    ] = None,
 ) -> None:
     """Measure the difficulty of every sample, for a curriculum.
 
@@ -33,13 +57,19 @@ def analyze(
     Examples:
       penstock analyze data/train data/train-difficulty --length 256
       penstock analyze tokens.parquet difficulty --metric seqlen --column input_ids
+      penstock analyze data/train difficulty -m loss --model runs/demo --picture difficulty.png
     """
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from penstock.data_pipeline.data_sampling.analyzer import KNOWN_METRICS, DataAnalyzer
+    from penstock.data_pipeline.data_sampling.analyzer import DEFAULT_METRICS, DataAnalyzer
+    from penstock.data_pipeline.data_sampling.picture import check_picture, draw_distributions
     from penstock.data_pipeline.datasets import open_dataset
     from penstock.data_pipeline.datasets.tables import TableColumn
 
+    if picture is not None:
+        check_picture(picture)
+    names, functions = _metrics(metrics or list(DEFAULT_METRICS), model)
     samples = open_dataset(dataset, length=length, column=column)
     if isinstance(samples, TableColumn) and len(samples) and isinstance(samples[0], str):
         field = "" if samples.column == "text" else f" --field {samples.column}"
@@ -47,10 +77,39 @@ def analyze(
             f"{dataset}: column {samples.column!r} holds text, not tokens; tokenize it first: "
             f"penstock tokenize {dataset} PREFIX{field}; or name a column of tokens with --column"
         )
-    with Console(stderr=True).status("analyzing") as status:
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bars, console=Console(stderr=True), transient=True) as display:
+        tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            status.update(f"{what}: {done:,} of {total:,} samples")
+            if what not in tasks:
+                tasks[what] = display.add_task(what, total=total)
+            display.update(tasks[what], completed=done)
 
-        found = DataAnalyzer(samples, metrics or KNOWN_METRICS, output, progress=show).run()
+        analyzer = DataAnalyzer(samples, names, output, metric_functions=functions, engine=engine.value, progress=show)
+        found = analyzer.run(resume=resume)
+    if picture is not None:
+        draw_distributions(found, picture)
     typer.echo(f"{output}: {', '.join(found.metrics)} of {found.num_samples:,} samples, {found.num_tokens:,} tokens")
+
+
+def _metrics(wanted: list[str], model: Path | None) -> tuple[list[str], dict[str, Any]]:
+    """Names that the analyzer knows, and functions by name for the others."""
+    from penstock.data_pipeline.components import import_attribute
+
+    names: list[str] = []
+    functions: dict[str, Any] = {}
+    for name in wanted:
+        if name == "loss":
+            if model is None:
+                raise ValueError("the metric loss needs a model: --model with a run, a checkpoint or a directory")
+            from penstock.runtime.model_loss import ModelLoss
+
+            functions[name] = ModelLoss(model)
+        elif ":" in name:
+            functions[name.rpartition(":")[2]] = import_attribute(name)
+        else:
+            names.append(name)
+    if model is not None and "loss" not in functions:
+        raise ValueError(f"--model {model} is for the metric loss: give --metric loss too, or leave --model out")
+    return names, functions

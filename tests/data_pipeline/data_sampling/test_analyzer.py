@@ -62,10 +62,11 @@ def test_user_metrics_and_progress(tmp_path: Path) -> None:
         metric_functions={"largest": lambda tokens, offsets: np.maximum.reduceat(tokens, offsets[:-1])},
         tokens_of=lambda sample: sample["words"],
         batch_tokens=1,
+        shard_tokens=1,
         progress=lambda *facts: seen.append(facts),
     )
     assert analyzer.run().values("largest").tolist() == [3, 7]
-    assert seen == [("metrics", 1, 2), ("metrics", 2, 2)]
+    assert seen == [("reading", 1, 2), ("reading", 2, 2)]
 
 
 def test_empty_dataset(tmp_path: Path) -> None:

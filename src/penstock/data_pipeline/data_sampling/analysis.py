@@ -1,36 +1,63 @@
 """What an analyzer leaves on disk: for each metric its values, and the samples sorted by them."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock._core.files import CorruptFileError, atomic_file, read_manifest, write_manifest
+from penstock._core.files import (
+    MANIFEST_NAME,
+    CorruptFileError,
+    atomic_file,
+    read_manifest,
+    sync_directory,
+    write_manifest,
+)
 from penstock._core.suggest import unknown_name
+from penstock.data_pipeline.data_sampling.external_sort import sort_order
+from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
+from penstock.data_pipeline.data_sampling.unfinished import Unfinished, new_array, sync_array
 
+TABLE: Final = "samples.parquet"
+COUNTS: Final = "token_counts.npy"
 _KIND: Final = "penstock analysis"
+_ROW_GROUP: Final = 1 << 20
 
 
 class Analysis:
     """A stored analysis, memory-mapped.
 
     The directory holds ``NAME.values.npy`` (one number per sample), ``NAME.order.npy`` (int64, the samples sorted by
-    it, equal values in sample order) and a manifest with sizes and checksums.
+    it, equal values in sample order), the values of all metrics as ``samples.parquet`` for other tools,
+    ``token_counts.npy`` where tokens were counted, and a manifest with sizes, checksums and the dataset's fingerprint.
 
     Attributes:
         directory: Where it lies.
         metrics: Names of the metrics.
         num_samples: How many samples were analyzed.
         num_tokens: How many tokens they have.
+        fingerprint: Of the dataset that was analyzed; None where that is not known.
+        own_tokens: Whether the analyzer was told by a ``tokens_of`` where a sample's tokens are.
     """
 
-    def __init__(self, directory: Path, metrics: tuple[str, ...], num_samples: int, num_tokens: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        metrics: tuple[str, ...],
+        num_samples: int,
+        num_tokens: int,
+        fingerprint: str | None = None,
+        own_tokens: bool = False,
+    ) -> None:
         self.directory = directory
         self.metrics = metrics
         self.num_samples = num_samples
         self.num_tokens = num_tokens
+        self.fingerprint = fingerprint
+        self.own_tokens = own_tokens
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
@@ -46,19 +73,21 @@ class Analysis:
         directory = Path(path)
         manifest = read_manifest(directory, verify=verify)
         metrics, samples, tokens = manifest.get("metrics"), manifest.get("num_samples"), manifest.get("num_tokens")
+        mark = manifest.get("fingerprint")
         if (
             manifest.get("kind") != _KIND
             or not isinstance(metrics, list)
             or not all(isinstance(name, str) for name in metrics)
             or not isinstance(samples, int)
             or not isinstance(tokens, int)
+            or not isinstance(mark, str | None)
         ):
             raise CorruptFileError(f"{directory}: its manifest is not that of an analysis")
         for name in metrics:
             for file in (_values_file(name), _order_file(name)):
                 if file not in manifest["files"]:
                     raise CorruptFileError(f"{directory}: the manifest does not list {file}")
-        return cls(directory, tuple(metrics), samples, tokens)
+        return cls(directory, tuple(metrics), samples, tokens, mark, manifest.get("own_tokens") is True)
 
     def values(self, metric: str) -> npt.NDArray[Any]:
         """The metric of each sample, a read-only view of the file."""
@@ -67,6 +96,45 @@ class Analysis:
     def order(self, metric: str) -> npt.NDArray[np.int64]:
         """The samples sorted by the metric, int64, a read-only view of the file."""
         return self._array(metric, _order_file(metric))
+
+    def token_counts(self) -> npt.NDArray[np.int64]:
+        """How often each token number occurs in the dataset, int64.
+
+        Raises:
+            ValueError: No metric of this analysis needed them, so they were not counted.
+        """
+        path = self.directory / COUNTS
+        if not path.is_file():
+            raise ValueError(f"{self.directory}: tokens were not counted; analyze with the metric vocabularyrarity")
+        try:
+            counts: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise CorruptFileError(f"{path}: not a readable array ({error})") from None
+        return counts
+
+    def check_dataset(self, dataset: Any, tokens_of: Callable[[Any], Any] | None = None) -> None:
+        """Refuse a dataset that is not the analyzed one; see :func:`fingerprint` for what is compared.
+
+        Args:
+            dataset: A map-style dataset.
+            tokens_of: From sample to its tokens; see :func:`ragged_batches`.
+
+        Raises:
+            ValueError: It has another number of samples or other tokens, or its samples are no sequences of tokens.
+        """
+        if len(dataset) != self.num_samples:
+            raise ValueError(
+                f"{self.directory}: the analysis is of {self.num_samples} samples, but the dataset has {len(dataset)}; "
+                "analyze this dataset (for windows, with the same length)"
+            )
+        if self.fingerprint is None or (self.own_tokens and tokens_of is None):
+            return  # where the tokens are in a sample is not known here
+        if fingerprint(dataset, tokens_of) != self.fingerprint:
+            raise ValueError(
+                f"{self.directory}: the analysis is of other tokens than this dataset's: another corpus, one tokenized "
+                "anew, or windows cut elsewhere; analyze this dataset, or name NAME.values.npy in that directory to "
+                "take the numbers as they are"
+            )
 
     def _array(self, metric: str, file: str) -> npt.NDArray[Any]:
         if metric not in self.metrics:
@@ -81,23 +149,63 @@ class Analysis:
         return found
 
 
-def write_analysis(
-    directory: str | os.PathLike[str], values: dict[str, npt.NDArray[Any]], *, num_samples: int, num_tokens: int
+def seal_analysis(
+    directory: str | os.PathLike[str],
+    store: Unfinished,
+    metrics: Sequence[str],
+    num_samples: int,
+    *,
+    fingerprint: str,
+    own_tokens: bool = False,
+    counts: npt.NDArray[np.int64] | None = None,
 ) -> Analysis:
-    """Store the values of each metric and the samples sorted by them.
+    """Sort the samples by each metric, write the table, and put all files in place under a manifest.
 
     A manifest from before is removed first: the directory is either sealed and whole, or has no manifest.
+
+    Args:
+        directory: Where the analysis goes.
+        store: All values.
+        metrics: Names of the metrics, in order.
+        num_samples: How many samples there are.
+        fingerprint: Of the dataset.
+        own_tokens: Whether a ``tokens_of`` said where a sample's tokens are.
+        counts: How often each token number occurs, where it was counted.
     """
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "manifest.json").unlink(missing_ok=True)
-    for name, found in values.items():
-        _save(target / _values_file(name), found)
-        _save(target / _order_file(name), np.argsort(found, kind="stable").astype(np.int64, copy=False))
-    files = [file for name in values for file in (_values_file(name), _order_file(name))]
-    facts = {"kind": _KIND, "metrics": list(values), "num_samples": num_samples, "num_tokens": num_tokens}
-    write_manifest(target, files, **facts)
-    return Analysis(target, tuple(values), num_samples, num_tokens)
+    for name in metrics:
+        values, path = store.values(name), store.directory / _order_file(name)
+        order = new_array(path, num_samples, np.dtype(np.int64))
+        sort_order(values, order)
+        sync_array(path, order)
+        sync_array(store.file(name), values)
+    _write_table(store.directory / TABLE, {name: store.values(name) for name in metrics}, num_samples)
+    files = [file for name in metrics for file in (_values_file(name), _order_file(name))] + [TABLE]
+    if counts is not None:
+        _save(store.directory / COUNTS, counts)
+        files.append(COUNTS)
+    (target / MANIFEST_NAME).unlink(missing_ok=True)
+    for file in files:
+        (store.directory / file).replace(target / file)
+    sync_directory(target)
+    facts = {"kind": _KIND, "metrics": list(metrics), "num_samples": num_samples, "num_tokens": store.tokens}
+    write_manifest(target, files, fingerprint=fingerprint, own_tokens=own_tokens, **facts)
+    store.remove()
+    return Analysis(target, tuple(metrics), num_samples, store.tokens, fingerprint, own_tokens)
+
+
+def _write_table(path: Path, values: dict[str, npt.NDArray[Any]], num_samples: int) -> None:
+    """The values as a Parquet table for other tools: a row per sample, its number first."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [("sample", pa.int64()), *((name, pa.from_numpy_dtype(found.dtype)) for name, found in values.items())]
+    schema = pa.schema(fields)
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for start in range(0, num_samples, _ROW_GROUP):
+            stop = min(start + _ROW_GROUP, num_samples)
+            columns = [pa.array(np.arange(start, stop)), *(pa.array(found[start:stop]) for found in values.values())]
+            writer.write_table(pa.table(columns, schema=schema))
 
 
 def _save(path: Path, array: npt.NDArray[Any]) -> None:

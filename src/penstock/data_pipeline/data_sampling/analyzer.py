@@ -1,8 +1,10 @@
 """Measures the difficulty of every sample of a dataset, once, before training."""
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,18 +12,32 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock._core.suggest import unknown_name
-from penstock.data_pipeline.data_sampling.analysis import Analysis, write_analysis
+from penstock.data_pipeline.data_sampling.analysis import Analysis, seal_analysis
+from penstock.data_pipeline.data_sampling.engines import Engine, check_engine, map_ranges
+from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
 from penstock.data_pipeline.data_sampling.metrics import (
     MetricFunction,
     count_tokens,
     sequence_length,
     vocabulary_rarity,
 )
-from penstock.data_pipeline.data_sampling.ragged import RaggedBatch, ragged_batches
+from penstock.data_pipeline.data_sampling.ragged import RaggedBatch, ragged_batches, shard_bounds
+from penstock.data_pipeline.data_sampling.repetition import compression_ratio, repeated_ngrams, unique_ratio
+from penstock.data_pipeline.data_sampling.unfinished import Unfinished
 
-SEQUENCE_LENGTH: Final = "seqlen"
 VOCABULARY_RARITY: Final = "vocabularyrarity"
-KNOWN_METRICS: Final = (SEQUENCE_LENGTH, VOCABULARY_RARITY)
+_FUNCTIONS: Final[dict[str, MetricFunction]] = {
+    "seqlen": sequence_length,
+    "compressionratio": compression_ratio,
+    "uniqueratio": unique_ratio,
+    "repeatedngrams": repeated_ngrams(),
+}
+KNOWN_METRICS: Final = ("seqlen", VOCABULARY_RARITY, "compressionratio", "uniqueratio", "repeatedngrams")
+DEFAULT_METRICS: Final = ("seqlen", VOCABULARY_RARITY)
+
+_SHARD_TOKENS: Final = 1 << 22
+_BATCH_TOKENS: Final = 1 << 18  # what a pass of numpy leaves in the cache for the next
+_PROBED: Final = 8
 
 Progress = Callable[[str, int, int], object]
 
@@ -29,22 +45,29 @@ Progress = Callable[[str, int, int], object]
 class DataAnalyzer:
     """Computes difficulty metrics of all samples and stores them for a curriculum.
 
-    The dataset is read once, or twice if a metric needs token counts of the whole corpus first. Memory is bounded by
-    ``batch_tokens`` and 16 bytes per sample and metric.
+    The samples are cut into shards that Daft spreads over this machine's cores, or over a Ray cluster. The dataset is
+    read once, or twice if a metric needs token counts of the whole corpus first. Memory is bounded by ``batch_tokens``
+    for each core; values lie in memory-mapped files, and are sorted out of core. What is there when the process ends
+    is kept in ``output_dir/unfinished``, from where ``run(resume=True)`` goes on.
 
     Args:
         dataset: Any map-style dataset whose samples are sequences of tokens. :class:`IndexedDataset` and
-            :class:`TokenWindows` are read without a call per sample.
-        metrics: Names: ``seqlen`` (tokens of a sample) and ``vocabularyrarity`` (mean of ``-log p(token)`` in nats,
-            with ``p`` the token's frequency in the dataset).
+            :class:`TokenWindows` are read without a call per sample; any other by one thread at a time, through
+            ``__getitems__`` where it has that.
+        metrics: Names: ``seqlen`` (tokens of a sample), ``vocabularyrarity`` (mean of ``-log p(token)`` in nats, with
+            ``p`` the token's frequency in the dataset), ``compressionratio`` (:func:`compression_ratio`),
+            ``uniqueratio`` (:func:`unique_ratio`), ``repeatedngrams`` (:func:`repeated_ngrams` of three tokens).
         output_dir: Where :meth:`run` stores the analysis.
         metric_functions: More metrics by name: functions from ``(tokens, offsets)`` of many samples to an array of one
-            number per sample, where sample ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``.
+            number per sample, where sample ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``. They are called from several
+            threads, or in other processes on Ray.
         tokens_of: From sample to tokens, where samples are not plain sequences of tokens. By default a dictionary's
-            ``input_ids``.
+            ``input_ids``, or the first of a tuple of arrays.
         vocabulary_size: Token numbers from here on are refused.
-        batch_tokens: Tokens held in memory at once.
-        progress: Called as ``progress(what, samples_done, samples)`` now and then.
+        batch_tokens: Tokens that a function is given at once.
+        shard_tokens: Tokens of a shard, which is what is lost at most of each core's work when the process ends.
+        engine: ``native`` or ``ray``.
+        progress: Called as ``progress(what, samples_done, samples)`` after every shard.
 
     Raises:
         ValueError: A metric is unknown or named twice, or an argument is out of range.
@@ -53,15 +76,22 @@ class DataAnalyzer:
     def __init__(
         self,
         dataset: Any,
-        metrics: Sequence[str] = KNOWN_METRICS,
+        metrics: Sequence[str] = DEFAULT_METRICS,
         output_dir: str | os.PathLike[str] = "analysis",
         *,
         metric_functions: Mapping[str, MetricFunction] | None = None,
         tokens_of: Callable[[Any], Any] | None = None,
         vocabulary_size: int | None = None,
-        batch_tokens: int = 1 << 20,
+        batch_tokens: int = _BATCH_TOKENS,
+        shard_tokens: int = _SHARD_TOKENS,
+        engine: Engine = "native",
         progress: Progress | None = None,
     ) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"an analysis needs to know how many samples there are, but {type(dataset).__name__} has no length; "
+                "give a map-style dataset, or write the samples to .bin/.idx first"
+            )
         self.dataset = dataset
         self.output_dir = Path(output_dir)
         self._user_metrics = dict(metric_functions or {})
@@ -74,17 +104,27 @@ class DataAnalyzer:
         for name in self.metrics:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(f"a metric's name becomes a file's: letters, digits, - and _ only; got {name!r}")
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
-        if vocabulary_size is not None and vocabulary_size < 1:
-            raise ValueError(f"vocabulary_size must be at least 1, got {vocabulary_size}")
+        for option, number in (
+            ("batch_tokens", batch_tokens),
+            ("shard_tokens", shard_tokens),
+            ("vocabulary_size", vocabulary_size),
+        ):
+            if number is not None and number < 1:
+                raise ValueError(f"{option} must be at least 1, got {number}")
+        check_engine(engine)
         self._tokens_of = tokens_of
         self._vocabulary_size = vocabulary_size
         self._batch_tokens = batch_tokens
+        self._shard_tokens = shard_tokens
+        self._engine: Engine = engine
         self._progress = progress
 
-    def run(self) -> Analysis:
+    def run(self, *, resume: bool = False) -> Analysis:
         """Read the dataset, compute the metrics and store them in ``output_dir``.
+
+        Args:
+            resume: Go on from what an earlier run of the same dataset and metrics left there. Whether a function in
+                ``metric_functions`` is still the same one cannot be told: then begin anew.
 
         Returns:
             The stored analysis; :meth:`load` opens it again.
@@ -93,32 +133,60 @@ class DataAnalyzer:
             ValueError: A sample's tokens are not integers or beyond the vocabulary, or a metric function returns
                 something other than one finite number per sample.
         """
-        functions: dict[str, MetricFunction] = {}
-        for name in self.metrics:
-            if name == SEQUENCE_LENGTH:
-                functions[name] = sequence_length
-            elif name == VOCABULARY_RARITY:
-                functions[name] = vocabulary_rarity(self.count_tokens())
-            else:
-                functions[name] = self._user_metrics[name]
-        values: dict[str, npt.NDArray[Any]] = {}
-        tokens = 0
-        for batch in self._batches("metrics"):
-            tokens += int(batch.offsets[-1])
-            for name, function in functions.items():
-                found = _checked(name, function(batch.tokens, batch.offsets), batch)
-                if name not in values:
-                    values[name] = np.empty(len(self.dataset), dtype=_storage(found.dtype))
-                values[name][batch.start : batch.stop] = found
-        for name in functions:
-            values.setdefault(name, np.empty(0, dtype=np.float64))
-        return write_analysis(self.output_dir, values, num_samples=len(self.dataset), num_tokens=tokens)
+        mark = fingerprint(self.dataset, self._tokens_of)
+        rare = VOCABULARY_RARITY in self.metrics
+        functions = {
+            name: self._user_metrics[name] if name in self._user_metrics else _FUNCTIONS[name]
+            for name in self.metrics
+            if name != VOCABULARY_RARITY
+        }
+        first = Measurement(
+            self.dataset,
+            functions,
+            self._tokens_of,
+            self._batch_tokens,
+            count=rare,
+            vocabulary_size=self._vocabulary_size,
+        )
+        dtypes = first.probe()
+        if rare:
+            dtypes[VOCABULARY_RARITY] = np.dtype(np.float64)
+        bounds = shard_bounds(self.dataset, self._shard_tokens)
+        key = _digest(mark, self.metrics, {name: dtype.str for name, dtype in dtypes.items()}, bounds, rare)
+        store = Unfinished(self.output_dir, key, bounds, dtypes, 1 + rare, resume=resume)
+        try:
+            self._pass(0, "reading" if functions else "counting tokens", first, store)
+            if rare:
+                second = Measurement(
+                    self.dataset,
+                    {VOCABULARY_RARITY: vocabulary_rarity(store.counts)},
+                    self._tokens_of,
+                    self._batch_tokens,
+                    dtypes={VOCABULARY_RARITY: np.dtype(np.float64)},
+                )
+                self._pass(1, VOCABULARY_RARITY, second, store)
+        except BaseException:
+            store.leave()
+            raise
+        return seal_analysis(
+            self.output_dir,
+            store,
+            self.metrics,
+            len(self.dataset),
+            fingerprint=mark,
+            own_tokens=self._tokens_of is not None,
+            counts=store.counts if rare else None,
+        )
 
     def count_tokens(self) -> npt.NDArray[np.int64]:
         """How often each token number occurs in the dataset: int64, one pass."""
         counts = np.zeros(self._vocabulary_size or 0, dtype=np.int64)
-        for batch in self._batches("token counts"):
-            counts = count_tokens(batch.tokens, counts, self._vocabulary_size)
+        work = Measurement(
+            self.dataset, {}, self._tokens_of, self._batch_tokens, count=True, vocabulary_size=self._vocabulary_size
+        )
+        bounds = shard_bounds(self.dataset, self._shard_tokens)
+        for _, (_, found) in map_ranges(work, bounds, range(len(bounds) - 1), self._engine):
+            counts = _sum(counts, found)
         return counts
 
     @staticmethod
@@ -126,16 +194,78 @@ class DataAnalyzer:
         """Open a stored analysis; see :meth:`Analysis.load`."""
         return Analysis.load(path)
 
-    def _batches(self, what: str) -> Iterator[RaggedBatch]:
-        for batch in ragged_batches(self.dataset, batch_tokens=self._batch_tokens, tokens_of=self._tokens_of):
-            yield batch
+    def _pass(self, number: int, what: str, work: "Measurement", store: Unfinished) -> None:
+        samples, done = len(self.dataset), store.done_samples(number)
+        bounds = store.bounds
+        for shard, (tokens, counts, *values) in map_ranges(work, bounds, store.missing(number), self._engine):
+            if number == 0:
+                store.tokens += int(tokens[0])
+                store.counts = _sum(store.counts, counts)
+            store.store(number, shard, dict(zip(work.functions, values, strict=True)))
+            done += bounds[shard + 1] - bounds[shard]
             if self._progress is not None:
-                self._progress(what, batch.stop, len(self.dataset))
+                self._progress(what, done, samples)
 
 
-def _storage(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Whole numbers are stored as int64 and others as float64: a later batch may hold larger ones than the first."""
-    return np.dtype(np.int64 if dtype.kind in "biu" else np.float64)
+@dataclass
+class Measurement:
+    """What is done to every shard; given its first and one past its last sample it returns arrays.
+
+    They are the number of tokens (one int64), the count of each token number (int64, empty unless ``count``), and then
+    for each metric the values of the samples.
+
+    Attributes:
+        dataset: The samples.
+        functions: The metrics by name.
+        tokens_of: From sample to tokens.
+        batch_tokens: Tokens that a function is given at once.
+        count: Count the tokens.
+        vocabulary_size: Token numbers from here on are refused when counting.
+        dtypes: Of each metric's values, int64 or float64: found by :meth:`probe`.
+    """
+
+    dataset: Any
+    functions: dict[str, MetricFunction]
+    tokens_of: Callable[[Any], Any] | None
+    batch_tokens: int
+    count: bool = False
+    vocabulary_size: int | None = None
+    dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
+
+    def __call__(self, start: int, stop: int) -> list[npt.NDArray[Any]]:
+        """Measure samples ``start`` to ``stop``."""
+        counts = np.zeros((self.vocabulary_size or 0) if self.count else 0, dtype=np.int64)
+        values = [np.empty(stop - start, dtype=self.dtypes[name]) for name in self.functions]
+        tokens = 0
+        for batch in ragged_batches(
+            self.dataset, start, stop, batch_tokens=self.batch_tokens, tokens_of=self.tokens_of
+        ):
+            tokens += int(batch.offsets[-1])
+            if self.count:
+                counts = count_tokens(batch.tokens, counts, self.vocabulary_size)
+            for (name, function), column in zip(self.functions.items(), values, strict=True):
+                found = _checked(name, function(batch.tokens, batch.offsets), batch)
+                if found.dtype.kind == "f" and column.dtype.kind == "i":
+                    raise ValueError(
+                        f"metric {name!r} gives whole numbers for the first samples but {found.dtype} for samples "
+                        f"{batch.start} to {batch.stop - 1}; let it return one type, floats for example"
+                    )
+                column[batch.start - start : batch.stop - start] = found
+        return [np.array([tokens]), counts, *values]
+
+    def probe(self) -> dict[str, np.dtype[Any]]:
+        """Try the metrics on the first samples, to know their types and to fail early; int64 or float64 each.
+
+        Whole numbers are stored as int64 and others as float64: later samples may have larger ones than the first.
+        """
+        count = min(_PROBED, len(self.dataset))
+        self.dtypes = dict.fromkeys(self.functions, np.dtype(np.float64))
+        for batch in ragged_batches(self.dataset, 0, count, batch_tokens=self.batch_tokens, tokens_of=self.tokens_of):
+            for name, function in self.functions.items():
+                found = _checked(name, function(batch.tokens, batch.offsets), batch)
+                self.dtypes[name] = np.dtype(np.float64 if found.dtype.kind == "f" else np.int64)
+            break
+        return dict(self.dtypes)
 
 
 def _checked(name: str, values: Any, batch: RaggedBatch) -> npt.NDArray[Any]:
@@ -149,3 +279,14 @@ def _checked(name: str, values: Any, batch: RaggedBatch) -> npt.NDArray[Any]:
         bad = batch.start + int((~np.isfinite(found)).argmax())
         raise ValueError(f"metric {name!r} gives sample {bad} the value {found[bad - batch.start]}")
     return found
+
+
+def _sum(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Counts that may know different numbers of tokens, added; the longer is added to in place."""
+    short, long = sorted((a, b), key=len)
+    long[: len(short)] += short
+    return long
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

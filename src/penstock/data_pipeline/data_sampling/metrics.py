@@ -77,8 +77,9 @@ def vocabulary_rarity(counts: npt.NDArray[np.int64]) -> MetricFunction:
         filled = np.flatnonzero(lengths)
         if filled.size:
             # Over filled samples alone: reduceat would take a token of the next sample for an empty one.
-            sums = np.add.reduceat(surprise[tokens], offsets[filled])
-            values[filled] = sums / lengths[filled]
+            # The tokens were counted, so none is beyond the table; "clip" spares numpy a second look at each.
+            found = np.take(surprise, tokens, mode="clip")
+            values[filled] = np.add.reduceat(found, offsets[filled]) / lengths[filled]
         return values
 
     return rarity

@@ -96,7 +96,6 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
     def __init__(self, path_prefix: str | os.PathLike[str], *, mmap: bool = True, check_entries: bool = True) -> None:
         self.path_prefix = _stem(path_prefix)
         self._mmap = mmap
-        self._check_entries = check_entries
         self._idx_path, self._bin_path = idx_path(path_prefix), bin_path(path_prefix)
         for path in (self._idx_path, self._bin_path):
             if not path.is_file():
@@ -182,7 +181,8 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path_prefix, self._mmap, self._check_entries)
+        # A checked index is not checked again by every worker and every task that is given a copy.
+        return _reopen, (self.path_prefix, self._mmap, self._contiguous)
 
     def __repr__(self) -> str:
         return f"IndexedDataset({self.path_prefix!r}, {len(self)} sequences, {self.dtype.name})"
@@ -283,8 +283,10 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
         return np.concatenate([self.get(i) for i in range(start, stop)]), offsets
 
 
-def _reopen(path_prefix: str, mmap: bool, check_entries: bool) -> IndexedDataset:
-    return IndexedDataset(path_prefix, mmap=mmap, check_entries=check_entries)
+def _reopen(path_prefix: str, mmap: bool, contiguous: bool | None) -> IndexedDataset:
+    dataset = IndexedDataset(path_prefix, mmap=mmap, check_entries=False)
+    dataset._contiguous = contiguous
+    return dataset
 
 
 def _bytes_of(path: Path, *, mmap: bool) -> npt.NDArray[np.uint8]:

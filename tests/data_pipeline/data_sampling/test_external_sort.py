@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.data_pipeline.data_sampling.external_sort import sort_order
+
+
+@given(
+    st.lists(st.integers(-5, 5), max_size=200) | st.lists(st.floats(-1e3, 1e3), max_size=60),
+    st.integers(1, 50),
+)
+def test_the_order_is_the_stable_one(values: list[float], run: int) -> None:
+    out = np.full(len(values), -1, dtype=np.int64)
+    sort_order(np.array(values), out, run=run)
+    assert out.tolist() == sorted(range(len(values)), key=lambda i: (values[i], i))
+
+
+@pytest.mark.parametrize("kind", ["distinct", "equal", "skewed"])
+def test_large_runs_in_a_mapped_file(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(3)
+    n = 60_000
+    values = {"distinct": rng.permutation(n), "equal": np.ones(n), "skewed": rng.geometric(0.4, n)}[kind]
+    out = np.lib.format.open_memmap(tmp_path / "o.npy", mode="w+", dtype=np.int64, shape=(n,))
+    sort_order(values, out, run=7_000)
+    assert (out == np.argsort(values, kind="stable")).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["o.npy"]
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match="run=0"):
+        sort_order(np.zeros(3), np.zeros(3, dtype=np.int64), run=0)
+    with pytest.raises(ValueError, match=r"\(2,\)"):
+        sort_order(np.zeros(3), np.zeros(2, dtype=np.int64))
