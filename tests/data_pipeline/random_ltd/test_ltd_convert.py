@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, convert_to_random_ltd, save_without_random_ltd
+from penstock.data_pipeline.random_ltd import (
+    RandomLayerTokenDrop,
+    convert_to_random_ltd,
+    describe_random_ltd,
+    remove_random_ltd,
+    save_without_random_ltd,
+)
 
 
 class Block(nn.Module):
@@ -118,6 +124,57 @@ def test_the_inside_of_a_parallel_wrapper_is_converted():
     assert convert_to_random_ltd(model, "blocks.1") is model
     assert wrapped(model.module) == ["blocks.1"]
     assert list(save_without_random_ltd(model)) == list(Model(3).state_dict())
+
+
+def test_a_route_joins_layers_of_consecutive_ids():
+    model = convert_to_random_ltd(Model(), Block, {**config([1, 2, 3, 6, 8, 9]), "route": "block"})
+    layers = [model.blocks[i] for i in (1, 2, 3, 6, 8, 9)]
+    assert [layer.route for layer in layers] == ["begin", "inside", "end", None, "begin", "end"]
+    assert [layer.layer_id for layer in layers] == [1, 1, 1, 6, 8, 8]
+    x = torch.randn(2, 16, 3)
+    assert model(x).shape == (2, 16, 2)
+    assert [layer.computed_tokens for layer in layers] == [16] * 6
+
+
+def test_the_layers_come_back():
+    original = Model()
+    layers = list(original.blocks)
+    model = convert_to_random_ltd(original, Block, config([1, 10]))
+    assert remove_random_ltd(model) is model
+    assert list(model.blocks) == layers
+    assert describe_random_ltd(model) == "no layer drops tokens"
+    shared = nn.Sequential(Block(), Block())
+    shared.append(shared[0])
+    remove_random_ltd(convert_to_random_ltd(shared, Block))
+    assert shared[2] is shared[0]
+    assert isinstance(shared[0], Block)
+    block = Block()
+    assert remove_random_ltd(convert_to_random_ltd(block, Block)) is block
+    parallel = nn.DataParallel(convert_to_random_ltd(Model(), Block))
+    assert wrapped(remove_random_ltd(parallel)) == []
+
+
+def test_what_was_converted_can_be_read():
+    section = {**config([1, 2]), "model_mask_name": "mask", "route": "block"}
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(4, 2) for _ in range(12)))
+    convert_to_random_ltd(model, nn.TransformerEncoderLayer, {**section, "model_mask_name": "src_mask"})
+    assert describe_random_ltd(model).splitlines() == [
+        "1: TransformerEncoderLayer (begin of route 1)",
+        "2: TransformerEncoderLayer (end of route 1)",
+        "argument              kind           by",
+        "src                   hidden states",
+        "src_mask              mask           declared",
+        "src_key_padding_mask  padding        name",
+        "is_causal             by shape",
+    ]
+
+
+def test_arguments_given_in_the_call_go_before_those_of_the_config():
+    section = {**config([1]), "arguments": {"src_mask": "causal", "src_key_padding_mask": "pass"}}
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(4, 2) for _ in range(12)))
+    convert_to_random_ltd(model, nn.TransformerEncoderLayer, section, arguments={"src_mask": "S S"})
+    assert model[1].rule.kind_of("src_mask") == "S S"
+    assert model[1].rule.kind_of("src_key_padding_mask") == "pass"
 
 
 def test_training_with_dropping_changes_the_output_and_eval_does_not():

@@ -2,6 +2,7 @@ import copy
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -139,6 +140,105 @@ def test_deepspeeds_section_is_read_as_it_is():
     assert RandomLTDScheduler(more).config.global_batch_size == 4
 
 
+def pace(low=128, high=2048, schedule_type="fixed_linear", section_keys=None, **more):
+    """The section with a changed schedule_config."""
+    config = section(low, high, **(section_keys or {}))
+    config["random_ltd_schedule"]["schedule_type"] = schedule_type
+    config["random_ltd_schedule"]["schedule_config"] = {"require_steps": 1000, "seq_per_step": 16, **more}
+    return config
+
+
+def by_tokens(tokens, **more):
+    config = pace(**more)
+    del config["random_ltd_schedule"]["schedule_config"]["require_steps"]
+    config["random_ltd_schedule"]["schedule_config"]["require_tokens"] = tokens
+    return config
+
+
+def layer_token_lr(**more):
+    return section(128, 256, 4, 32, layer_token_lr_schedule={"enabled": True, "total_layer_tokens": 60_000, **more})
+
+
+@given(step=st.integers(0, 1100), degree=st.sampled_from([1.0, 2.0, 3.0, 0.5]))
+def test_growth_by_a_root_is_deepspeeds_formula(step, degree):
+    scheduler = RandomLTDScheduler(pace(schedule_type="fixed_root", root_degree=degree))
+    exact = (min(step, 1000) / 1000) ** (1 / degree) * 1920 + 128
+    assert scheduler.seq_at(step) == math.floor(exact) - math.floor(exact) % 16
+
+
+def test_a_schedule_by_tokens():
+    scheduler = RandomLTDScheduler(by_tokens(8_000_000))
+    steps = RandomLTDScheduler(pace())
+    for step in (0, 1, 499, 500, 999, 1000, 5000):
+        # The same progress is reached whatever a step reads.
+        assert scheduler.update_seq(7, tokens=8000 * step) == steps.seq_at(step) == scheduler.get_current_seq()
+    with pytest.raises(ValueError, match=r"set global_batch_size in the section, or call update_seq\(step, tokens="):
+        scheduler.update_seq(8)
+    known = RandomLTDScheduler(by_tokens(1000 * 4 * 2048, section_keys={"global_batch_size": 4}))
+    assert [known.seq_at(step) for step in range(0, 1100, 50)] == [steps.seq_at(step) for step in range(0, 1100, 50)]
+    four = RandomLTDScheduler(section(global_batch_size=4))
+    assert known.get_total_layer_tokens(1100) == four.get_total_layer_tokens(1100)
+
+
+@given(start=st.integers(0, 50), length=st.integers(1, 60), steps=st.integers(1, 40), batch=st.integers(1, 3))
+def test_start_and_end_of_dropping_and_the_count_of_a_run(start, length, steps, batch):
+    config = pace(128, 256, start=start, end=start + length, require_steps=steps, section_keys={"sequence_length": 512})
+    config["global_batch_size"] = batch
+    scheduler, layer = RandomLTDScheduler(config), RandomLayerTokenDrop(nn.Linear(2, 2))
+    scheduler.attach(layer)
+    total, seen = 0, set()
+    for step in range(start + length + steps + 3):
+        kept = scheduler.update_seq(step)
+        seen.add(kept)
+        inside = start <= step < start + length
+        assert layer.reserved_length == (kept if inside else None)
+        assert kept <= 256 if inside else kept == 512
+        if inside:
+            assert kept == RandomLTDScheduler(pace(128, 256, require_steps=steps)).seq_at(step - start)
+        total += batch * (22 * kept + 2 * 512)
+        assert scheduler.get_total_layer_tokens(step + 1) == scheduler.consumed_layer_tokens == total
+    assert scheduler.kept_lengths() == sorted(seen)
+    assert scheduler.get_total_layer_tokens(10**9) > total
+
+
+def test_the_learning_rate_by_layer_tokens():
+    steps = [128, 160, 192, 224, 256, 256, 256]
+    consumed = [0]
+    for kept in steps:
+        consumed.append(consumed[-1] + 22 * kept + 2 * 256)
+    warm, total = consumed[2], consumed[6]
+    keys = {"total_layer_tokens": total, "warmup_layer_tokens": warm}
+    linear = RandomLTDScheduler(layer_token_lr(**keys))
+    expected = [consumed[1] / warm, 1.0, *(1 - (one - warm) / (total - warm) for one in consumed[2:6]), 0.0]
+    assert [linear.lr_factor_at(step) for step in range(7)] == pytest.approx(expected, abs=1e-12)
+    assert linear.consumed_layer_tokens == 0
+    cosine = RandomLTDScheduler(layer_token_lr(decay_type="cosine", min_ratio=0.25, **keys))
+    half = (1 + math.cos(math.pi * (consumed[4] - warm) / (total - warm))) / 2
+    assert cosine.lr_factor_at(4) == pytest.approx(0.25 + 0.75 * half)
+    assert cosine.lr_factor_at(99) == 0.25
+    log = RandomLTDScheduler(layer_token_lr(decay_type="constant", warmup_type="log", **keys))
+    assert log.lr_factor_at(0) == pytest.approx(math.log(1 + consumed[1]) / math.log(1 + warm))
+    assert log.lr_factor_at(1) == log.lr_factor_at(50) == 1.0
+    with pytest.raises(ValueError, match=r"set layer_token_lr_schedule\.enabled"):
+        RandomLTDScheduler(section()).lr_factor_at(0)
+
+
+def test_the_rate_falls_later_than_by_steps_while_tokens_are_dropped():
+    total = RandomLTDScheduler(section(128, 256, 4, 32)).get_total_layer_tokens(8)
+    scheduler = RandomLTDScheduler(layer_token_lr(total_layer_tokens=total))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.lr_factor_at)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 2.0
+    assert all(rate > 2.0 * (1 - step / 8) for step, rate in enumerate(rates) if step)
+    assert optimizer.param_groups[0]["lr"] == 0.0
+
+
 def changed(**paths):
     new = copy.deepcopy(section())
     for path, value in paths.items():
@@ -166,9 +266,17 @@ def changed(**paths):
         (changed(random_ltd_schedule__min_value=0), "min_value: .*greater than or equal to 1"),
         (changed(random_ltd_schedule__schedule_config__require_steps=0), "schedule_config.require_steps"),
         (changed(random_ltd_schedule__schedule_config__seq_per_step=2.5), "seq_per_step: .*integer"),
-        (changed(random_ltd_schedule__schedule_type="fixed_root"), "schedule_type: .*'fixed_linear'"),
+        (changed(random_ltd_schedule__schedule_type="fixed_sine"), "schedule_type: .*'fixed_linear' or 'fixed_root'"),
+        (changed(random_ltd_schedule__schedule_type="fixed_root"), "fixed_root needs root_degree"),
+        (changed(random_ltd_schedule__schedule_config__root_degree=2), "fixed_linear has none"),
+        (changed(random_ltd_schedule__schedule_config__require_steps=None), "exactly one of require_steps and"),
+        (changed(random_ltd_schedule__schedule_config__require_tokens=5), "exactly one of require_steps and"),
+        (pace(start=7, end=7), "end=7 is not after start=7"),
+        (section(sequence_length=1024), "max_value=2048 is more than sequence_length=1024"),
         (changed(model_type="other"), "model_type: .*'decoder' or 'encoder'"),
-        (changed(layer_token_lr_schedule={"enabled": True}), "consumed_layer_tokens"),
+        (section(layer_token_lr_schedule={"enabled": True}), r"needs total_layer_tokens.*get_total_layer_tokens"),
+        (layer_token_lr(total_layer_tokens=5, warmup_layer_tokens=6), "warmup_layer_tokens=6 is more than"),
+        (layer_token_lr(warmup_type="cubic"), "warmup_type: .*'linear' or 'log'"),
     ],
 )
 def test_mistakes_are_named(config, message):

@@ -1,7 +1,12 @@
 """Random layerwise token dropping: middle layers compute some of the tokens, the others pass them by."""
 
 from penstock.data_pipeline.random_ltd.config import RandomLTDConfig
-from penstock.data_pipeline.random_ltd.convert import convert_to_random_ltd, save_without_random_ltd
+from penstock.data_pipeline.random_ltd.convert import (
+    convert_to_random_ltd,
+    describe_random_ltd,
+    remove_random_ltd,
+    save_without_random_ltd,
+)
 from penstock.data_pipeline.random_ltd.dropping_utils import (
     GatherTokens,
     ScatterTokens,
@@ -9,6 +14,7 @@ from penstock.data_pipeline.random_ltd.dropping_utils import (
     gpt_sample_tokens,
 )
 from penstock.data_pipeline.random_ltd.layer import RandomLayerTokenDrop
+from penstock.data_pipeline.random_ltd.protect import protected_tokens
 from penstock.data_pipeline.random_ltd.scheduler import RandomLTDScheduler
 
 __all__ = [
@@ -19,6 +25,9 @@ __all__ = [
     "ScatterTokens",
     "bert_sample_tokens",
     "convert_to_random_ltd",
+    "describe_random_ltd",
     "gpt_sample_tokens",
+    "protected_tokens",
+    "remove_random_ltd",
     "save_without_random_ltd",
 ]

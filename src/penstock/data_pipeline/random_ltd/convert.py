@@ -8,13 +8,18 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.random_ltd.config import RandomLTDConfig, read_config
+from penstock.data_pipeline.random_ltd.keep_schedule import kept_length
 from penstock.data_pipeline.random_ltd.layer import RandomLayerTokenDrop
 
 ConvertType = type[nn.Module] | str | tuple[type[nn.Module] | str, ...]
 
 
 def convert_to_random_ltd(
-    model: nn.Module, convert_type: ConvertType, config: RandomLTDConfig | Mapping[str, Any] | None = None
+    model: nn.Module,
+    convert_type: ConvertType,
+    config: RandomLTDConfig | Mapping[str, Any] | None = None,
+    *,
+    arguments: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Wrap layers of a model in :class:`RandomLayerTokenDrop`, in place.
 
@@ -27,6 +32,8 @@ def convert_to_random_ltd(
         config: DeepSpeed's ``random_ltd`` section. It chooses which of the layers drop, names their mask and layout,
             and sets the kept length of step 0; attach a :class:`RandomLTDScheduler` to move it. Without a config every
             layer found is wrapped, and keeps all tokens until told otherwise.
+        arguments: Kinds or layouts of the layers' arguments by name, before those of the config; see
+            :class:`penstock.data_pipeline.random_ltd.layer_rule.LayerRule`.
 
     Returns:
         The model; the wrapper of it if the model itself is the layer.
@@ -48,7 +55,7 @@ def convert_to_random_ltd(
             f"the config says total_layer_num={section.total_layer_num}, but the model has {len(layers)} such layers: "
             f"{', '.join(name for name, _ in found)}"
         )
-    wrappers = _wrappers(layers, section)
+    wrappers = _wrappers(layers, section, dict(arguments or {}))
     for name, layer in found:
         if layer in wrappers:
             if not name:
@@ -65,6 +72,38 @@ def save_without_random_ltd(model: nn.Module) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = _inside(model).state_dict()
     return state
+
+
+def remove_random_ltd(model: nn.Module) -> nn.Module:
+    """Put the layers back in the place of their wrappers, in place; the parameters are the same objects.
+
+    Returns:
+        The model; the layer itself if the model was its wrapper.
+    """
+    root = _inside(model)
+    for name, module in list(root.named_modules(remove_duplicate=False)):
+        if isinstance(module, RandomLayerTokenDrop):
+            if not name:
+                return module.random_ltd_layer
+            parent, _, child = name.rpartition(".")
+            setattr(root.get_submodule(parent), child, module.random_ltd_layer)
+    return model
+
+
+def describe_random_ltd(model: nn.Module) -> str:
+    """What :func:`convert_to_random_ltd` made of a model: its layers that drop, and how their arguments follow.
+
+    Layers whose arguments follow alike are told together.
+    """
+    tables: dict[str, list[str]] = {}
+    for name, module in _inside(model).named_modules():
+        if isinstance(module, RandomLayerTokenDrop):
+            place = "" if module.route is None else f" ({module.route} of route {module.layer_id})"
+            heading = f"{name or 'the model'}: {type(module.random_ltd_layer).__name__}{place}"
+            tables.setdefault(module.describe(), []).append(heading)
+    if not tables:
+        return "no layer drops tokens"
+    return "\n\n".join("\n".join((*layers, table)) for table, layers in tables.items())
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -95,16 +134,17 @@ def _find(root: nn.Module, wanted: tuple[type[nn.Module] | str, ...]) -> list[tu
     return found
 
 
-def _wrappers(layers: list[nn.Module], section: RandomLTDConfig | None) -> dict[nn.Module, RandomLayerTokenDrop]:
+def _wrappers(
+    layers: list[nn.Module], section: RandomLTDConfig | None, arguments: dict[str, str]
+) -> dict[nn.Module, RandomLayerTokenDrop]:
     if section is None:
-        return {layer: RandomLayerTokenDrop(layer, layer_id) for layer_id, layer in enumerate(layers)}
-    return {
-        layers[layer_id]: RandomLayerTokenDrop(
-            layers[layer_id],
-            layer_id,
-            reserved_length=section.random_ltd_schedule.min_value,
-            mask_name=section.model_mask_name,
-            hidden_state_order=section.hidden_state_order,
-        )
-        for layer_id in section.random_ltd_layer_id
-    }
+        return {
+            layer: RandomLayerTokenDrop(layer, layer_id, arguments=arguments) for layer_id, layer in enumerate(layers)
+        }
+    wrappers = {}
+    for layer_id in section.random_ltd_layer_id:
+        options = section.layer_options(layer_id)
+        options["arguments"] = {**options["arguments"], **arguments}
+        layer = layers[layer_id]
+        wrappers[layer] = RandomLayerTokenDrop(layer, reserved_length=kept_length(section, 0), **options)
+    return wrappers

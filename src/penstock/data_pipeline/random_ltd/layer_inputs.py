@@ -1,16 +1,7 @@
-"""The rule by which everything in a layer's call that has a sequence dimension follows the kept tokens.
+"""Cuts the arguments of a layer's call down to the kept tokens, by the layer's rule.
 
-For hidden states of B rows and S tokens, K kept, a tensor among the other arguments, at any depth of tuples, lists and
-dicts, is read by its shape; the first line that fits decides:
-
-1. the argument named as the mask, and any ``[B or 1, *, S or 1, S]`` of four dimensions: an attention mask, gathered in
-   its last dimension and, where that is S, in the one before;
-2. ``[B, S, ...]`` (``[S, B, ...]`` when the hidden states are sequence-first): per token, gathered. ``[1, S, ...]``
-   (``[S, 1, ...]``) is expanded to B rows first;
-3. ``[B, S]`` beside sequence-first hidden states: a padding mask or ids, gathered;
-4. ``[S, S]``: an attention mask for all rows. It must come out the same for every row (a causal one does) and is then
-   ``[K, K]``; otherwise it is refused, since the rows keep different tokens;
-5. anything else passes through.
+The rule is the table of :mod:`penstock.data_pipeline.random_ltd.layer_rule`. Nothing is guessed: an argument that the
+table does not name is read by its shape only if that can be read in one way, and S is no other size that is at hand.
 """
 
 from collections.abc import Callable
@@ -18,90 +9,142 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from penstock.data_pipeline.random_ltd.sampling import gather_mask
-from penstock.data_pipeline.random_ltd.token_ops import gather_tokens
+from penstock.data_pipeline.random_ltd.flex_mask import gather_block_mask, is_block_mask
+from penstock.data_pipeline.random_ltd.layer_rule import BY_SHAPE, LayerRule
+from penstock.data_pipeline.random_ltd.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class KeptTokens:
-    """Which tokens one call of a layer keeps.
+    """Which tokens one call of a layer keeps, and how its arguments follow.
 
     Attributes:
         indices: int32 ``[B, K]``, increasing along each row.
         length: Tokens of each row before dropping (S).
-        batch_first: Whether the hidden states are ``[B, S, ...]`` or ``[S, B, ...]``.
+        width: Last dimension of the hidden states (D).
+        rule: The layer's.
     """
 
     indices: Tensor
     length: int
-    batch_first: bool
+    width: int
+    rule: LayerRule
 
-    def per_token(self, tensor: Tensor) -> Tensor:
-        """Gather a tensor laid out like the hidden states; differentiable."""
-        return gather_tokens(tensor, self.indices, self.batch_first)[1]
+    def inputs(self, path: str, value: Any) -> Any:
+        """An argument among the kept tokens.
 
-    def inputs(self, value: Any, *, is_mask: bool = False) -> Any:
-        """Apply the module's rule to an argument; ``is_mask`` says that it is the one named as the mask."""
-        if isinstance(value, Tensor):
-            return self._masked(value) if is_mask else self._tensor(value)
-        return map_nest(lambda inner: self.inputs(inner, is_mask=is_mask), value)
+        Args:
+            path: The argument's name, or the path of an item inside one.
+            value: A tensor, a block mask, a cache, a nest of tuples, lists and dicts of these, or anything else.
 
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        batch, length = self.indices.shape[0], self.length
-        shape = tuple(tensor.shape)
-        if len(shape) == 4 and shape[3] == length and shape[2] in (1, length) and shape[0] in (1, batch):
-            return gather_mask(tensor, self.indices)
-        if len(shape) < 2:
-            return tensor
-        if self.batch_first and shape[1] == length and shape[0] in (1, batch):
-            return self.per_token(tensor.expand(batch, *shape[1:]))
-        if not self.batch_first and shape[0] == length and shape[1] in (1, batch):
-            return self.per_token(tensor.expand(length, batch, *shape[2:]))
-        if shape == (batch, length):
-            return self._batch_first(tensor)
-        if shape == (length, length):
-            return self._shared_mask(tensor)
-        return tensor
+        Raises:
+            ValueError: The rule does not fit the value, or its shape can be read in two ways or none.
+        """
+        kind = self.rule.kind_of(path)
+        if kind == "pass" or value is None:
+            return value
+        if kind == "cache":
+            return self._cache(path, value)
+        if isinstance(value, tuple | list | dict):
+            return map_nest(lambda name, item: self.inputs(f"{path}.{name}", item), value)
+        if is_block_mask(value):
+            return gather_block_mask(value, self.indices, self.length)
+        if not isinstance(value, Tensor):
+            self._check_plain(path, value)
+            return value
+        if kind == "causal":
+            return self._causal(path, value)
+        if kind == "offsets":
+            return self._offsets(path, value)
+        return self._tensor(path, value, kind)
 
-    def _masked(self, mask: Tensor) -> Tensor:
-        batch, length = self.indices.shape[0], self.length
-        shape = tuple(mask.shape)
-        if len(shape) == 4 and shape[3] == length and shape[2] in (1, length) and shape[0] in (1, batch):
-            return gather_mask(mask, self.indices)
-        if len(shape) == 3 and shape[2] == length and shape[1] in (1, length) and shape[0] in (1, batch):
-            return gather_mask(mask.unsqueeze(1), self.indices).squeeze(1)
-        if len(shape) == 2 and shape[1] == length and shape[0] in (1, batch):
-            return self._batch_first(mask.expand(batch, length))
-        if shape == (length, length):
-            return self._shared_mask(mask)
-        raise ValueError(
-            f"cannot tell how the attention mask of shape {shape} goes with {batch} rows of {length} tokens; expected "
-            f"[batch or 1, tokens], [tokens, tokens], [batch or 1, tokens or 1, tokens] or [batch or 1, heads or 1, "
-            f"tokens or 1, tokens]"
+    def _tensor(self, path: str, tensor: Tensor, kind: str) -> Tensor:
+        rows, shape = self.indices.shape[0], tuple(tensor.shape)
+        if kind == BY_SHAPE:
+            if self.length not in shape:
+                return tensor
+            if self.length in (rows, self.width):
+                other = f"{rows} rows" if self.length == rows else f"the hidden states' width of {self.width}"
+                raise ValueError(
+                    f"{self._told(path, tensor)}: which of its dimensions are tokens cannot be told, since there are "
+                    f"{self.length} tokens and {other}; {_remedy(path)}"
+                )
+        if kind == "cross" and len(shape) == 2 and shape[0] in (1, rows) and shape[0] != self.length:
+            return tensor  # the padding of the other sequence
+        candidates = self.rule.layouts(kind)
+        fitting = [layout for layout in candidates if layout.fits(shape, rows, self.length)]
+        if len(fitting) != 1:
+            raise ValueError(f"{self._told(path, tensor)}: {_misfit(kind, candidates, fitting)}; {_remedy(path)}")
+        return fitting[0].gather(tensor, self.indices)
+
+    def _causal(self, path: str, mask: Tensor) -> Tensor:
+        if mask.shape[-2:] != (self.length, self.length):
+            raise ValueError(f"{self._told(path, mask)}: a causal mask is [..., {self.length}, {self.length}]")
+        kept = self.indices.shape[1]
+        return mask[..., :kept, :kept]
+
+    def _offsets(self, path: str, offsets: Tensor) -> Tensor:
+        if self.indices.shape[0] != 1 or offsets.dim() != 1 or offsets.is_floating_point():
+            raise ValueError(
+                f"{self._told(path, offsets)}: offsets of packed documents are whole numbers [documents + 1] beside "
+                "hidden states of one row; pack the documents into one row, or declare the argument otherwise"
+            )
+        kept = self.indices[0].to(offsets.device, torch.int64)
+        return torch.searchsorted(kept, offsets.to(torch.int64)).to(offsets.dtype)
+
+    def _cache(self, path: str, cache: Any) -> None:
+        """Nothing, in place of a cache that is empty: the layer would fill it with some of the tokens only."""
+        if isinstance(cache, Tensor) and cache.shape == (self.length,):
+            return  # cache_position: where the tokens would go
+        length = getattr(cache, "get_seq_length", None)
+        held = length() if callable(length) else len(cache) if isinstance(cache, tuple | list | dict) else None
+        if held is None or held > 0:
+            raise ValueError(
+                f"the argument {path!r} is a {type(cache).__name__} "
+                f"{'that holds ' + str(held) + ' tokens' if held is not None else 'of unknown content'}: a layer that "
+                "drops tokens cannot go on from it; use a cache in eval mode, where no layer drops"
+            )
+
+    def _check_plain(self, path: str, value: object) -> None:
+        """Refuse an object with tensors of tokens inside: it would pass with all of them."""
+        if isinstance(value, nn.Module) or not hasattr(value, "__dict__") or isinstance(value, type):
+            return
+        for name, item in vars(value).items():
+            if isinstance(item, Tensor) and self.length in item.shape and self.rule.kind_of(path) == BY_SHAPE:
+                raise ValueError(
+                    f"the argument {path!r} is a {type(value).__name__} whose {name} has shape {tuple(item.shape)}, "
+                    f"with a dimension of {self.length} like the tokens of a row; hand its tensors to the layer as "
+                    f"arguments, in tuples or in dicts, or declare it to pass: arguments={{{path!r}: 'pass'}}"
+                )
+
+    def _told(self, path: str, tensor: Tensor) -> str:
+        return (
+            f"the argument {path!r} of shape {tuple(tensor.shape)} beside {self.indices.shape[0]} rows of "
+            f"{self.length} tokens"
         )
 
-    def _batch_first(self, tensor: Tensor) -> Tensor:
-        return tensor.gather(1, self.indices.to(device=tensor.device, dtype=torch.int64))
 
-    def _shared_mask(self, mask: Tensor) -> Tensor:
-        per_row = gather_mask(mask[None, None], self.indices).squeeze(1)
-        if not bool((per_row == per_row[:1]).all()):
-            raise ValueError(
-                f"the attention mask of shape {tuple(mask.shape)} is not the same among the tokens that different rows "
-                f"keep; pass it as [batch or 1, 1, {self.length}, {self.length}]"
-            )
-        return per_row[0]
-
-
-def map_nest(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply ``function`` to the items of a tuple, list or dict; anything else is returned as it is."""
-    if isinstance(value, tuple):
-        items = [function(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [function(item) for item in value]
+def map_nest(function: Callable[[str, Any], Any], value: Any) -> Any:
+    """Apply ``function(name, item)`` to the items of a tuple, list or dict; their names are numbers, fields or keys."""
     if isinstance(value, dict):
-        return {name: function(item) for name, item in value.items()}
-    return value
+        return {name: function(str(name), item) for name, item in value.items()}
+    names = getattr(value, "_fields", range(len(value)))
+    items = [function(str(name), item) for name, item in zip(names, value, strict=True)]
+    if isinstance(value, list):
+        return items
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _misfit(kind: str, candidates: tuple[Layout, ...], fitting: list[Layout]) -> str:
+    if fitting:
+        return f"as {kind!r} it may be {' or '.join(repr(str(one)) for one in fitting)}"
+    return f"it is none of {', '.join(repr(str(one)) for one in candidates)} ({kind})"
+
+
+def _remedy(path: str) -> str:
+    return (
+        f"say how it is laid out, for example arguments={{{path!r}: 'B S ...'}} (B rows, S tokens, _ anything else), "
+        "or 'pass' to hand it on as it is"
+    )

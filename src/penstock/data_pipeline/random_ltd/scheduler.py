@@ -5,28 +5,18 @@ from typing import Any
 
 from torch import nn
 
-from penstock.data_pipeline.random_ltd.config import KeepSchedule, RandomLTDConfig, read_config
+from penstock.data_pipeline.random_ltd.config import RandomLTDConfig, read_config
+from penstock.data_pipeline.random_ltd.keep_schedule import PlannedTokens, kept_length
 from penstock.data_pipeline.random_ltd.layer import RandomLayerTokenDrop
-
-
-def kept_length(schedule: KeepSchedule, step: int) -> int:
-    """The kept length at a step: linear from the minimum to the maximum, rounded down to a multiple.
-
-    DeepSpeed's formula in whole numbers, with two repairs: rounding never goes below the minimum, and the maximum is
-    reached at ``require_steps`` even when it is not a multiple of ``seq_per_step``.
-    """
-    low, high, pace = schedule.min_value, schedule.max_value, schedule.schedule_config
-    if step >= pace.require_steps:
-        return high
-    grown = low + max(step, 0) * (high - low) // pace.require_steps
-    return max(low, grown - grown % pace.seq_per_step)
+from penstock.data_pipeline.random_ltd.layer_token_lr import layer_token_factor
 
 
 class RandomLTDScheduler:
     """Sets the kept length of the attached layers as training goes on.
 
-    The kept length is a function of the step alone: a resumed run calls :meth:`update_seq` with its step and needs no
-    history. The count of layer-tokens is history, and is in :meth:`state_dict`.
+    The kept length is a function of the clock alone (the step, or with ``require_tokens`` the tokens read): a resumed
+    run calls :meth:`update_seq` with its step and needs no history. The count of layer-tokens is history, and is in
+    :meth:`state_dict`.
 
     Args:
         config: DeepSpeed's ``random_ltd`` section, or a :class:`RandomLTDConfig`.
@@ -36,7 +26,7 @@ class RandomLTDScheduler:
         model_layer_num: Layers that could drop.
         random_ltd_layer_num: Layers that do.
         consumed_layer_tokens: Tokens computed so far, summed over samples and layers: ``global_batch_size`` times, at
-            each step, the kept length of each dropping layer and ``max_value`` of each other one.
+            each step, the kept length of each dropping layer and the whole length of each other one.
     """
 
     def __init__(self, config: RandomLTDConfig | Mapping[str, Any]) -> None:
@@ -44,7 +34,8 @@ class RandomLTDScheduler:
         self.model_layer_num = self.config.total_layer_num
         self.random_ltd_layer_num = self.config.random_ltd_layer_num
         self._layers: list[RandomLayerTokenDrop] = []
-        self._current = self.seq_at(0)
+        self._planned = PlannedTokens(self.config)
+        self._kept = kept_length(self.config, 0)
         self._step = -1
         self.consumed_layer_tokens = 0
 
@@ -67,27 +58,36 @@ class RandomLTDScheduler:
         self._apply()
         return len(new)
 
-    def update_seq(self, global_steps: int) -> int:
+    def update_seq(self, global_steps: int, tokens: int | None = None) -> int:
         """Set the kept length for a step and count the step's layer-tokens, once if called again with the same step.
+
+        Args:
+            global_steps: The optimizer step, from 0.
+            tokens: Tokens read before it, for a schedule by tokens; None takes whole sequences for granted.
 
         Returns:
             The kept length.
         """
-        self._current = self.seq_at(global_steps)
+        self._kept = self._kept_at(global_steps, tokens)
         if global_steps != self._step:
-            self.consumed_layer_tokens += self._layer_tokens(self._current)
+            self.consumed_layer_tokens += self._planned.of_step(self._kept)
             self._step = global_steps
         self._apply()
-        return self._current
+        return self.get_current_seq()
 
-    def seq_at(self, step: int) -> int:
-        """The kept length at a step, without going there."""
-        schedule = self.config.random_ltd_schedule
-        return kept_length(schedule, step) if self.config.enabled else schedule.max_value
+    def seq_at(self, step: int, tokens: int | None = None) -> int:
+        """The kept length at a step, without going there; arguments as for :meth:`update_seq`."""
+        kept = self._kept_at(step, tokens)
+        return self.config.full_length if kept is None else kept
 
     def get_current_seq(self) -> int:
-        """The kept length set by the last :meth:`update_seq`."""
-        return self._current
+        """The kept length set by the last :meth:`update_seq`; the whole length where nothing is dropped."""
+        return self.config.full_length if self._kept is None else self._kept
+
+    def kept_lengths(self) -> list[int]:
+        """The kept lengths that occur in the run, in order: ``torch.compile`` makes a graph for each."""
+        self._check_tokens_known()
+        return self._planned.distinct()
 
     def get_random_ltd_layer_num(self) -> int:
         """How many layers drop tokens."""
@@ -95,13 +95,28 @@ class RandomLTDScheduler:
 
     def get_total_layer_tokens(self, train_iters: int) -> int:
         """Layer-tokens of the steps ``0 .. train_iters - 1``; the scheduler stays where it is."""
-        steps = min(train_iters, self.config.random_ltd_schedule.schedule_config.require_steps)
-        growing = sum(self._layer_tokens(self.seq_at(step)) for step in range(steps))
-        return growing + max(train_iters - steps, 0) * self._layer_tokens(self.config.random_ltd_schedule.max_value)
+        self._check_tokens_known()
+        return self._planned.before(train_iters)
+
+    def lr_factor_at(self, step: int) -> float:
+        """The learning rate of a step over its peak, by layer-tokens.
+
+        A function of the step alone, so ``torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.lr_factor_at)`` works
+        and needs no state.
+
+        Raises:
+            ValueError: The section has no ``layer_token_lr_schedule`` that is enabled.
+        """
+        section = self.config.layer_token_lr_schedule
+        if not section.enabled:
+            raise ValueError("set layer_token_lr_schedule.enabled and total_layer_tokens in the section")
+        self._check_tokens_known()
+        before = self._planned.before(step)
+        return layer_token_factor(section, before, self._planned.before(step + 1) - before)
 
     def reset_to_init(self) -> None:
         """Go back to before the first step."""
-        self._current = self.seq_at(0)
+        self._kept = kept_length(self.config, 0)
         self._step = -1
         self.consumed_layer_tokens = 0
         self._apply()
@@ -120,7 +135,7 @@ class RandomLTDScheduler:
         return {
             "consumed_layer_tokens": self.consumed_layer_tokens,
             "current_steps": self._step,
-            "current_value": self._current,
+            "current_value": self.get_current_seq(),
             "min_value": schedule.min_value,
             "max_value": schedule.max_value,
         }
@@ -143,14 +158,28 @@ class RandomLTDScheduler:
             )
         self.consumed_layer_tokens = int(state["consumed_layer_tokens"])
         self._step = int(state["current_steps"])
-        self._current = int(state["current_value"])
+        current = int(state["current_value"])
+        self._kept = None if current == self.config.full_length else current
         self._apply()
 
-    def _layer_tokens(self, kept: int) -> int:
-        whole_layers = self.model_layer_num - self.random_ltd_layer_num
-        full = self.config.random_ltd_schedule.max_value
-        return self.config.global_batch_size * (kept * self.random_ltd_layer_num + full * whole_layers)
+    def _kept_at(self, step: int, tokens: int | None) -> int | None:
+        if not self.config.random_ltd_schedule.schedule_config.by_tokens:
+            return kept_length(self.config, step)
+        if tokens is None:
+            self._check_tokens_known()
+            return self._planned.kept_at(step)
+        return kept_length(self.config, tokens)
+
+    def _check_tokens_known(self) -> None:
+        if (
+            self.config.random_ltd_schedule.schedule_config.by_tokens
+            and "global_batch_size" not in self.config.model_fields_set
+        ):
+            raise ValueError(
+                "require_tokens counts tokens, but how many a step reads is unknown; set global_batch_size in the "
+                "section, or call update_seq(step, tokens=...)"
+            )
 
     def _apply(self) -> None:
         for layer in self._layers:
-            layer.reserved_length = self._current if self.config.enabled else None
+            layer.reserved_length = self._kept
