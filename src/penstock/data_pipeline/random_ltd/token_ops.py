@@ -1,14 +1,21 @@
 """Take some tokens out of a batch and put them back, with gradients that are right for each operation alone.
 
-Both operations save the indices only. Tokens within a row are distinct, so adding and copying by index has one
-contribution for each place and is deterministic.
+:class:`GatherTokens` and :class:`ScatterTokens` stand each on its own. :func:`drop_tokens` and :func:`restore_tokens`
+belong together, as :func:`dropped_layer` uses them: knowing that every token which leaves comes back, the pair writes
+the result in one pass over memory, and the gradient of its input in another.
+
+All save the indices only. Tokens within a row are distinct, so each place has one contribution: the results are
+deterministic.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from penstock.data_pipeline.random_ltd.kernels.shapes import batch_and_length
+from penstock.data_pipeline.random_ltd.ops import combine, gather
 
 
 class GatherTokens(Function):
@@ -31,14 +38,9 @@ class GatherTokens(Function):
         ctx: Any, activations: Tensor, sorted_indices: Tensor, batch_first: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Copy the kept tokens out."""
-        batch, length = _sizes(activations, sorted_indices, batch_first)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(sorted_indices)
-        ctx.batch_first, ctx.shape = batch_first, activations.shape
-        rows = flat_rows(sorted_indices, batch, length, batch_first).to(activations.device)
-        # Filled through a view, so that the output itself is none and a layer may change it in place.
-        gathered = activations.new_empty(_kept_shape(activations.shape, sorted_indices.shape[1], batch_first))
-        torch.index_select(activations.flatten(0, 1), 0, rows, out=gathered.flatten(0, 1))
+        indices = _beside(sorted_indices, activations)
+        gathered = gather(activations, indices, batch_first)
+        _remember(ctx, activations, indices, batch_first)
         return activations, gathered
 
     @staticmethod
@@ -47,13 +49,9 @@ class GatherTokens(Function):
         grad_all, grad_gathered = grads
         if grad_gathered is None:
             return grad_all, None, None
-        (sorted_indices,) = ctx.saved_tensors
-        batch, length = _batch_and_length(ctx.shape, ctx.batch_first)
-        rows = flat_rows(sorted_indices, batch, length, ctx.batch_first).to(grad_gathered.device)
-        if grad_all is None:
-            grad_all = grad_gathered.new_zeros(ctx.shape)
-        grad = grad_all.flatten(0, 1).index_add(0, rows, grad_gathered.flatten(0, 1))
-        return grad.view(ctx.shape), None, None
+        (indices,) = ctx.saved_tensors
+        grad = combine(grad_all, grad_gathered, indices, ctx.length, ctx.batch_first, add=grad_all is not None)
+        return grad, None, None
 
 
 class ScatterTokens(Function):
@@ -76,36 +74,53 @@ class ScatterTokens(Function):
         sorted_indices: Tensor,
         batch_first: bool = True,
     ) -> Tensor:
-        """Copy everything, then the tokens over it."""
-        batch, length = _sizes(all_activations, sorted_indices, batch_first)
-        kept_shape = _kept_shape(all_activations.shape, sorted_indices.shape[1], batch_first)
-        if layer_activations.shape != kept_shape:
-            raise ValueError(
-                f"the layer's tokens must have shape {tuple(kept_shape)} to go back into "
-                f"{tuple(all_activations.shape)} at indices of shape {tuple(sorted_indices.shape)}, "
-                f"got {tuple(layer_activations.shape)}"
-            )
-        ctx.save_for_backward(sorted_indices)
-        ctx.batch_first, ctx.layer_dtype = batch_first, layer_activations.dtype
-        rows = flat_rows(sorted_indices, batch, length, batch_first).to(all_activations.device)
-        merged = all_activations.clone(memory_format=torch.contiguous_format)
-        merged.flatten(0, 1).index_copy_(0, rows, layer_activations.to(merged.dtype).flatten(0, 1))
-        return merged
+        """Copy everything but the replaced tokens, and those from the layer."""
+        return _merge(ctx, all_activations, layer_activations, sorted_indices, batch_first)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """Zeros at the replaced tokens for the one, those tokens for the other, both in new memory."""
         (grad,) = grads
-        (sorted_indices,) = ctx.saved_tensors
-        batch, length = _batch_and_length(grad.shape, ctx.batch_first)
-        rows = flat_rows(sorted_indices, batch, length, ctx.batch_first).to(grad.device)
-        grad_all = grad_layer = None
+        (indices,) = ctx.saved_tensors
+        grad_all = None
         if ctx.needs_input_grad[0]:
-            grad_all = grad.flatten(0, 1).index_fill(0, rows, 0.0).view(grad.shape)
-        if ctx.needs_input_grad[1]:
-            kept_shape = _kept_shape(grad.shape, sorted_indices.shape[1], ctx.batch_first)
-            grad_layer = grad.flatten(0, 1).index_select(0, rows).view(kept_shape).to(ctx.layer_dtype)
-        return grad_all, grad_layer, None, None
+            grad_all = combine(grad, None, indices, ctx.length, ctx.batch_first)
+        return grad_all, _layer_gradient(ctx, grad, indices), None, None
+
+
+class _DropTokens(Function):
+    """As :class:`GatherTokens`, but what comes back along ``passing`` is the gradient that :class:`_RestoreTokens` got.
+
+    Its values at the kept tokens are those of the merged result, not of ``passing``; the layer's take their places.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+        kept = gather(hidden, indices, batch_first)
+        _remember(ctx, hidden, indices, batch_first)
+        return hidden, kept
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        # Without a gradient for the kept tokens the layer does not depend on them: zeros take their places.
+        (indices,) = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return None, None, None
+        return combine(*grads, indices, ctx.length, ctx.batch_first), None, None
+
+
+class _RestoreTokens(Function):
+    """As :class:`ScatterTokens`, but hands its whole gradient to ``passing``, as it is; see :class:`_DropTokens`."""
+
+    @staticmethod
+    def forward(ctx: Any, passing: Tensor, computed: Tensor, indices: Tensor, batch_first: bool) -> Tensor:
+        return _merge(ctx, passing, computed, indices, batch_first)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (grad,) = grads
+        (indices,) = ctx.saved_tensors
+        return grad, _layer_gradient(ctx, grad, indices), None, None
 
 
 def gather_tokens(activations: Tensor, sorted_indices: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
@@ -122,43 +137,81 @@ def scatter_tokens(
     return merged
 
 
-def flat_rows(sorted_indices: Tensor, batch: int, length: int, batch_first: bool) -> Tensor:
-    """Where the kept tokens lie when the first two dimensions are one; int64 ``[B * K]`` in the output's order."""
-    at = sorted_indices.to(torch.int64)
-    row = torch.arange(batch, device=at.device).unsqueeze(1)
-    if batch_first:
-        return (row * length + at).flatten()
-    return (at * batch + row).t().flatten()
+def drop_tokens(hidden: Tensor, indices: Tensor, batch_first: bool = True) -> tuple[Tensor, Tensor]:
+    """Take the kept tokens out, to be computed and given back to :func:`restore_tokens`.
+
+    Args:
+        hidden: ``[B, S, ...]`` if ``batch_first``, else ``[S, B, ...]``.
+        indices: int32 or int64 ``[B, K]``, distinct within a row, in ``[0, S)``.
+        batch_first: Whether the batch is the first dimension.
+
+    Returns:
+        ``passing``, which is ``hidden`` and is to be used for nothing but one call of :func:`restore_tokens` with the
+        same indices (only the pair's gradient is right); and the kept tokens, ``[B, K, ...]`` or ``[K, B, ...]``.
+    """
+    both: tuple[Tensor, Tensor] = _DropTokens.apply(hidden, _beside(indices, hidden), batch_first)  # type: ignore[no-untyped-call]
+    return both
 
 
-def _sizes(activations: Tensor, sorted_indices: Tensor, batch_first: bool) -> tuple[int, int]:
-    """Check that the indices go with the activations; returns (B, S)."""
-    if activations.dim() < 2 or sorted_indices.dim() != 2:
-        raise ValueError(
-            f"expected activations of two dimensions or more and indices [batch, kept], "
-            f"got shapes {tuple(activations.shape)} and {tuple(sorted_indices.shape)}"
-        )
-    if sorted_indices.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"token indices must be int32 or int64, got {sorted_indices.dtype}")
-    batch, length = _batch_and_length(activations.shape, batch_first)
-    if sorted_indices.shape[0] != batch or sorted_indices.shape[1] > length:
-        order = "[batch, tokens, ...]" if batch_first else "[tokens, batch, ...]"
-        raise ValueError(
-            f"indices of shape {tuple(sorted_indices.shape)} do not go with activations of shape "
-            f"{tuple(activations.shape)} read as {order}: {batch} rows of {length} tokens"
-        )
-    # An index outside its row would silently name a token of another row. On a GPU looking would mean waiting for it.
-    if sorted_indices.device.type == "cpu" and sorted_indices.numel():
-        low, high = (int(value) for value in sorted_indices.aminmax())
-        if low < 0 or high >= length:
-            raise ValueError(f"token indices must lie in [0, {length}), got {low}..{high}")
-    return batch, length
+def restore_tokens(passing: Tensor, computed: Tensor, indices: Tensor, batch_first: bool = True) -> Tensor:
+    """Put computed tokens back among those that passed by.
+
+    Args:
+        passing: From :func:`drop_tokens`.
+        computed: What has become of the kept tokens, of their shape; another dtype is converted.
+        indices: As given to :func:`drop_tokens`.
+        batch_first: As given to :func:`drop_tokens`.
+
+    Returns:
+        A new tensor of the shape and dtype of ``passing``.
+    """
+    merged: Tensor = _RestoreTokens.apply(passing, computed, _beside(indices, passing), batch_first)  # type: ignore[no-untyped-call]
+    return merged
 
 
-def _batch_and_length(shape: torch.Size, batch_first: bool) -> tuple[int, int]:
-    return (shape[0], shape[1]) if batch_first else (shape[1], shape[0])
+def dropped_layer(
+    layer: Callable[[Tensor], Tensor], hidden: Tensor, indices: Tensor, batch_first: bool = True
+) -> Tensor:
+    """Apply a layer to the kept tokens; the others pass it by. Gather, layer and scatter as one differentiable unit.
+
+    Forward and backward each read and write every token once, beside the layer's own copy of the kept ones.
+
+    Args:
+        layer: From the kept tokens, ``[B, K, ...]`` or ``[K, B, ...]``, to as many.
+        hidden: ``[B, S, ...]`` if ``batch_first``, else ``[S, B, ...]``.
+        indices: int32 or int64 ``[B, K]``, distinct within a row, in ``[0, S)``.
+        batch_first: Whether the batch is the first dimension.
+
+    Returns:
+        A new tensor of the shape and dtype of ``hidden``.
+    """
+    passing, kept = drop_tokens(hidden, indices, batch_first)
+    return restore_tokens(passing, layer(kept), indices, batch_first)
 
 
-def _kept_shape(shape: torch.Size, kept: int, batch_first: bool) -> torch.Size:
-    leading = (shape[0], kept) if batch_first else (kept, shape[1])
-    return torch.Size((*leading, *shape[2:]))
+def _remember(ctx: Any, tokens: Tensor, indices: Tensor, batch_first: bool) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(indices)
+    ctx.batch_first = batch_first
+    _, ctx.length = batch_and_length(tokens.shape, batch_first)
+
+
+def _merge(ctx: Any, tokens: Tensor, computed: Tensor, indices: Tensor, batch_first: bool) -> Tensor:
+    indices = _beside(indices, tokens)
+    _, length = batch_and_length(tokens.shape, batch_first)
+    merged: Tensor = combine(tokens, computed.to(tokens.dtype), indices, length, batch_first)
+    ctx.save_for_backward(indices)
+    ctx.batch_first, ctx.length, ctx.layer_dtype = batch_first, length, computed.dtype
+    return merged
+
+
+def _layer_gradient(ctx: Any, grad: Tensor, indices: Tensor) -> Tensor | None:
+    if not ctx.needs_input_grad[1]:
+        return None
+    layer_grad: Tensor = gather(grad, indices, ctx.batch_first).to(ctx.layer_dtype)
+    return layer_grad
+
+
+def _beside(indices: Tensor, tokens: Tensor) -> Tensor:
+    """The indices on the tokens' device; drawn on the CPU, they may lie there still."""
+    return indices.to(tokens.device)

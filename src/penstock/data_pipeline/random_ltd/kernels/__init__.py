@@ -1,0 +1,1 @@
+"""What moves tokens on each kind of device; ``random_ltd.ops`` chooses by where the tensors lie."""

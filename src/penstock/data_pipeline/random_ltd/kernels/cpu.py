@@ -1,0 +1,125 @@
+"""Moving tokens on the CPU: every output is written once, every token read once.
+
+By torch's indexing, an output that mixes the tokens of two tensors takes two passes: all of the one, then the other's
+tokens over it. Here a table says for every token of the output at which *address* it lies, whichever tensor that is in,
+and one ``index_select`` over the stretch of memory that spans the tensors copies them. Only the addresses in the table
+are read, and those lie inside the tensors, whatever their strides.
+
+Below :data:`LARGE` bytes the table costs more than the second pass, and torch's indexing is used. So it is for adding:
+two passes there, but no more memory.
+
+Writing to fresh memory costs several times the copy in page faults. NumPy asks for huge pages, which torch does only on
+request, so large outputs are NumPy's memory.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.data_pipeline.random_ltd.kernels.shapes import with_length
+
+LARGE: Final = 1 << 22
+_ALIGNMENT: Final = 64
+_WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+def gather(x: Tensor, indices_BK: Tensor, batch_first: bool) -> Tensor:
+    """The tokens of ``x`` at the indices; the arguments as in :func:`penstock.data_pipeline.random_ltd.ops.gather`."""
+    out = _fresh(with_length(x.shape, indices_BK.shape[1], batch_first), x.dtype)
+    if out.numel():
+        tokens = _words(x)
+        at_BK = _places(tokens, 0, batch_first).gather(1, indices_BK.long())
+        every_token = tokens.as_strided((_extent(tokens) - tokens.shape[2] + 1, tokens.shape[2]), (1, 1))
+        _select(every_token, at_BK, out, batch_first)
+    return out
+
+
+def combine(
+    x: Tensor | None, y: Tensor | None, indices_BK: Tensor, length: int, batch_first: bool, add: bool
+) -> Tensor:
+    """``y``'s tokens among ``x``'s; the arguments as in :func:`penstock.data_pipeline.random_ltd.ops.combine`."""
+    like = x if x is not None else y
+    assert like is not None
+    shape = with_length(like.shape, length, batch_first)
+    out = _fresh(shape, like.dtype)
+    if add or out.nbytes < LARGE:
+        out = out.zero_() if x is None else out.copy_(x)
+        _put(out.flatten(0, 1), y, _flat_rows(indices_BK, shape, batch_first), add)
+        return out
+    zero = like.new_zeros(1, 1, *shape[2:])  # stands for each token of a missing tensor
+    passing, others = _words(zero if x is None else x), _words(zero if y is None else y)
+    at_BS = _places(passing, _address(passing), batch_first).expand(indices_BK.shape[0], length).contiguous()
+    others_BK = _places(others, _address(others), batch_first).expand(indices_BK.shape)
+    at_BS.scatter_(1, indices_BK.long(), others_BK)
+    begin = min(_address(passing), _address(others))
+    end = max(_address(passing) + _extent(passing), _address(others) + _extent(others))
+    _select(_every_token(begin, end, passing), at_BS - begin, out, batch_first)
+    return out
+
+
+def _put(rows: Tensor, y: Tensor | None, at: Tensor, add: bool) -> None:
+    if y is None:
+        rows.index_fill_(0, at, 0)
+    elif add:
+        rows.index_add_(0, at, y.flatten(0, 1))
+    else:
+        rows.index_copy_(0, at, y.flatten(0, 1))
+
+
+def _flat_rows(indices_BK: Tensor, shape: Sequence[int], batch_first: bool) -> Tensor:
+    """Where the tokens lie when the first two dimensions of ``shape`` are one; int64 ``[B * K]`` in ``y``'s order."""
+    at = indices_BK.long()
+    row = torch.arange(at.shape[0]).unsqueeze(1)
+    return (row * shape[1] + at).flatten() if batch_first else (at * shape[1] + row).t().flatten()
+
+
+def _words(x: Tensor) -> Tensor:
+    """``[B, S, ...]`` as integers ``[B, S, W]`` that lie beside each other within a token."""
+    tokens = x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+    if tokens.stride(2) != 1:
+        tokens = tokens.contiguous()
+    return tokens.view(_WORDS[x.element_size()])
+
+
+def _places(tokens: Tensor, first: int, batch_first: bool) -> Tensor:
+    """Where each token begins, counted in words, the first one at ``first``; int64 ``[B, S]``."""
+    at = (torch.arange(tokens.shape[0]) * tokens.stride(0) + first).unsqueeze(1)
+    at = at + torch.arange(tokens.shape[1]) * tokens.stride(1)
+    return at if batch_first else at.t()
+
+
+def _address(tokens: Tensor) -> int:
+    return tokens.data_ptr() // tokens.element_size()
+
+
+def _every_token(begin: int, end: int, like: Tensor) -> Tensor:
+    """What a token would be that began at any word of this stretch of memory; overlapping rows, read only at places."""
+    word, width = like.element_size(), like.shape[2]
+    memory = (ctypes.c_char * ((end - begin) * word)).from_address(begin * word)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided((end - begin - width + 1, width), (1, 1))
+
+
+def _select(every_token: Tensor, at_BS: Tensor, out: Tensor, batch_first: bool) -> None:
+    at = (at_BS if batch_first else at_BS.t()).flatten()
+    torch.index_select(every_token, 0, at, out=out.view(-1).view(every_token.dtype).view(at.numel(), -1))
+
+
+def _extent(tokens: Tensor) -> int:
+    """Words from the first to the last, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tokens.shape, tokens.stride(), strict=True))
+
+
+def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous tensor, in huge pages if it is large."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE:
+        return torch.empty(*shape, dtype=dtype)
+    memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    # Aligned as torch's own memory is: some products give other bits on unaligned operands.
+    skip = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(*shape)
