@@ -110,7 +110,7 @@ class PipeSection(Section):
     def _check_schedule(cls, value: str) -> str:
         if value == "forward_only":
             raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or 'gpipe'")
-        return _one_of("schedule", tuple(name for name in SCHEDULES if name != "forward_only"))(value)
+        return _one_of("schedule", tuple(name for name, known in SCHEDULES.items() if known.trains))(value)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:

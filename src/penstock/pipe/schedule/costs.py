@@ -20,15 +20,17 @@ class Costs:
         input_gradient: I.
         weight_gradient: W.
         backward: B; None means I and W together.
-        transfer: From the end of the action that makes a value to its arrival on another rank. Messages do not occupy
-            the ranks.
+        transfer: From the end of the action that makes a value to its arrival on another rank; where a sequence, one
+            for each pair of neighbouring stages, the first between stages 0 and 1. Messages do not occupy the ranks.
+
+    With sequence slices the durations are those of one slice.
     """
 
     forward: PerStage = 1.0
     input_gradient: PerStage = 1.0
     weight_gradient: PerStage = 1.0
     backward: PerStage | None = None
-    transfer: float = 0.0
+    transfer: PerStage = 0.0
 
     @classmethod
     def unit(cls) -> "Costs":
@@ -41,8 +43,6 @@ class Costs:
         Raises:
             ScheduleError: A sequence of another length, or a duration that is negative or not finite.
         """
-        if not (self.transfer >= 0 and math.isfinite(self.transfer)):
-            raise ScheduleError(f"the transfer time must be finite and not negative, got {self.transfer}")
         table = {
             op: _per_stage(op, cost, num_stages)
             for op, cost in (
@@ -57,6 +57,20 @@ class Costs:
             else _per_stage(BACKWARD, self.backward, num_stages)
         )
         return table
+
+    def transfers(self, num_stages: int) -> list[float]:
+        """The transfer times between neighbouring stages, ``num_stages - 1`` of them; errors as for :meth:`table`."""
+        pairs = num_stages - 1
+        given = self.transfer
+        values = [float(value) for value in given] if isinstance(given, Sequence) else [float(given)] * max(1, pairs)
+        if isinstance(given, Sequence) and len(values) != pairs:
+            raise ScheduleError(
+                f"transfer times are given for {len(values)} pairs of neighbouring stages, the schedule has {pairs}"
+            )
+        for value in values:
+            if not (value >= 0 and math.isfinite(value)):
+                raise ScheduleError(f"the transfer time must be finite and not negative, got {value}")
+        return values[:pairs]
 
 
 def _per_stage(op: str, cost: PerStage, num_stages: int) -> list[float]:

@@ -1,11 +1,14 @@
 """A pipeline schedule as data."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from penstock.pipe.schedule.action import BACKWARD, COMPUTE_OPS, FORWARD, WEIGHT_GRADIENT, Action
+import numpy as np
+
+from penstock.pipe.schedule.action import COMPUTE_OPS, Action
+from penstock.pipe.schedule.actions import F_CODE, Actions
 
 _NO_COMPUTE: Final = re.compile(r"\s*([0-9]+(UNSHARD|RESHARD|REDUCE_GRAD))?\s*")
 
@@ -25,20 +28,26 @@ class Schedule:
         name: For messages and file names.
         num_stages: Stages of the model, in order; a rank may hold several.
         micro_batches: Micro-batches per step and pipeline.
-        ranks: For each pipeline rank, its compute actions in order.
+        ranks: For each pipeline rank, its compute actions in order. Any sequences of :class:`Action` may be given.
         placement: For each stage, the pipeline rank that holds it.
         forward_only: True when nothing runs backward (evaluation and prediction).
+        slices: Pieces along the sequence into which each micro-batch is cut, each an action of its own. Then an
+            action's number is ``micro_batch * slices + slice``. In each stage the slices of a micro-batch run forward
+            in order (causal attention needs the earlier ones) and backward in reverse order (their gradients).
     """
 
     name: str
     num_stages: int
     micro_batches: int
-    ranks: tuple[tuple[Action, ...], ...]
+    ranks: tuple[Actions, ...]
     placement: tuple[int, ...]
     forward_only: bool = False
+    slices: int = 1
 
     def __post_init__(self) -> None:
-        check_sizes(self.num_stages, self.micro_batches)
+        check_sizes(self.num_stages, self.micro_batches, slices=self.slices)
+        # Frozen: lists given in another form are brought into this one once, here.
+        object.__setattr__(self, "ranks", tuple(_as_arrays(self.name, r, a) for r, a in enumerate(self.ranks)))
         if len(self.placement) != self.num_stages:
             raise ScheduleError(
                 f"schedule {self.name!r}: placement lists {len(self.placement)} stages, expected {self.num_stages}"
@@ -55,12 +64,22 @@ class Schedule:
         """Pipeline ranks that take part."""
         return len(self.ranks)
 
+    @property
+    def units(self) -> int:
+        """How many actions of each op a stage has: micro-batches times slices."""
+        return self.micro_batches * self.slices
+
+    @property
+    def num_actions(self) -> int:
+        """Compute actions of all ranks."""
+        return sum(map(len, self.ranks))
+
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a pipeline rank holds, in model order."""
         return tuple(stage for stage, holder in enumerate(self.placement) if holder == rank)
 
     def peak_activations(self) -> tuple[int, ...]:
-        """For each rank, the most micro-batches, counted once per stage, whose activations it keeps at a time.
+        """For each rank, the most micro-batches (or slices), counted once per stage, whose activations it keeps.
 
         Kept from F to the end of B, or of W where the backward pass is split: weight gradients need them too. Without
         backward passes nothing is kept beyond the forward itself.
@@ -74,8 +93,10 @@ class Schedule:
         return "".join(",".join(map(str, actions)) + "\n" for actions in self.ranks)
 
     @classmethod
-    def from_text(cls, text: str, name: str = "custom") -> "Schedule":
+    def from_text(cls, text: str, name: str = "custom", *, slices: int = 1) -> "Schedule":
         """Read :meth:`to_text`'s form; numbers of stages and micro-batches and the placement follow from the actions.
+
+        The form does not say whether actions are slices of micro-batches; ``slices`` does.
 
         Empty cells, with which PyTorch marks idle time, are skipped, and so are its cells that say when to gather or
         reduce parameters (``0UNSHARD``, ``0RESHARD``, ``0REDUCE_GRAD``): here that is the engine's affair.
@@ -88,51 +109,57 @@ class Schedule:
         ranks = tuple(
             tuple(Action.parse(cell) for cell in line.split(",") if not _NO_COMPUTE.fullmatch(cell)) for line in lines
         )
-        return cls.from_ranks(ranks, name)
+        return cls.from_ranks(ranks, name, slices=slices)
 
     @classmethod
-    def from_ranks(cls, ranks: Sequence[Sequence[Action]], name: str = "custom") -> "Schedule":
+    def from_ranks(cls, ranks: Iterable[Sequence[Action]], name: str = "custom", *, slices: int = 1) -> "Schedule":
         """A schedule from each rank's compute actions; the rest follows from them. Errors as for :meth:`from_text`."""
+        lists = tuple(_as_arrays(name, rank, actions) for rank, actions in enumerate(ranks))
         holders: dict[int, int] = {}
-        micro_batches = 0
-        forward_only = True
-        for rank, actions in enumerate(ranks):
-            for action in actions:
-                if action.op not in COMPUTE_OPS:
-                    raise ScheduleError(
-                        f"schedule {name!r}, rank {rank}, action {action}: only compute actions are listed; "
-                        "sends and receives are placed by place_communication"
-                    )
-                holder = holders.setdefault(action.stage, rank)
+        for rank, actions in enumerate(lists):
+            for stage in np.unique(actions.stages).tolist():
+                holder = holders.setdefault(stage, rank)
                 if holder != rank:
+                    action = actions[int(np.argmax(actions.stages == stage))]
                     raise ScheduleError(
-                        f"schedule {name!r}, rank {rank}, action {action}: "
-                        f"stage {action.stage} is on rank {holder} already"
+                        f"schedule {name!r}, rank {rank}, action {action}: stage {stage} is on rank {holder} already"
                     )
-                micro_batches = max(micro_batches, action.micro_batch + 1)
-                forward_only = forward_only and action.op == FORWARD
-        num_stages = max(holders, default=-1) + 1
-        missing = [stage for stage in range(num_stages) if stage not in holders]
-        if missing:
-            raise ScheduleError(f"schedule {name!r}: no rank has an action of stage {missing[0]}")
+        num_stages = len(holders)
+        missing = next((stage for stage in range(num_stages) if stage not in holders), None)
+        if missing is not None:
+            raise ScheduleError(f"schedule {name!r}: no rank has an action of stage {missing}")
         placement = tuple(holders[stage] for stage in range(num_stages))
-        return cls(name, num_stages, micro_batches, tuple(map(tuple, ranks)), placement, forward_only)
+        units = max((int(actions.units.max()) + 1 for actions in lists if len(actions)), default=0)
+        if slices > 1 and units % slices:
+            raise ScheduleError(f"schedule {name!r}: its {units} units are no multiple of {slices} slices")
+        forward_only = not any(np.any(actions.ops != F_CODE) for actions in lists)
+        return cls(name, num_stages, units // max(1, slices), lists, placement, forward_only, slices)
 
 
-def _peak(actions: Sequence[Action]) -> int:
-    kept = peak = 0
-    for _, op, _ in actions:
-        if op == FORWARD:
-            kept += 1
-            peak = max(peak, kept)
-        elif op in (BACKWARD, WEIGHT_GRADIENT):
-            kept -= 1
-    return peak
+def _as_arrays(name: str, rank: int, actions: Sequence[Action]) -> Actions:
+    if not isinstance(actions, Actions):
+        for action in actions:
+            if action.op not in COMPUTE_OPS:
+                raise ScheduleError(
+                    f"schedule {name!r}, rank {rank}, action {action}: a schedule lists compute actions only; "
+                    "sends and receives are placed by place_communication"
+                )
+    try:
+        return Actions.of(actions)
+    except OverflowError:
+        raise ScheduleError(f"schedule {name!r}, rank {rank}: a stage or micro-batch is beyond 2**31 - 1") from None
 
 
-def check_sizes(num_stages: int, micro_batches: int) -> None:
-    """Refuse fewer than one stage or micro-batch, with a :class:`ScheduleError`."""
-    if num_stages < 1:
-        raise ScheduleError(f"a schedule needs at least 1 stage, got {num_stages}")
-    if micro_batches < 1:
-        raise ScheduleError(f"a schedule needs at least 1 micro-batch, got {micro_batches}")
+def _peak(actions: Actions) -> int:
+    if not len(actions):
+        return 0
+    change = np.array([1, -1, 0, -1], dtype=np.int32)[actions.ops]
+    return max(0, int(np.cumsum(change, dtype=np.int32).max()))
+
+
+def check_sizes(num_stages: int, micro_batches: int, chunks: int = 1, slices: int = 1) -> None:
+    """Refuse fewer than one stage, micro-batch, chunk or slice, with a :class:`ScheduleError`."""
+    sizes = {"stage": num_stages, "micro-batch": micro_batches, "chunk": chunks, "slice": slices}
+    for what, size in sizes.items():
+        if size < 1:
+            raise ScheduleError(f"a schedule needs at least 1 {what}, got {size}")

@@ -1,11 +1,13 @@
 """When each action of a schedule starts and ends."""
 
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from penstock.pipe.schedule.action import Action
+from penstock.pipe.schedule.rounds import FloatArray
 from penstock.pipe.schedule.schedule import Schedule
 
 
@@ -24,37 +26,34 @@ class Timeline:
 
     Attributes:
         schedule: The schedule.
-        starts: For each rank, when each of its actions starts, in the schedule's order.
-        ends: For each rank, when each of its actions ends.
+        starts: For each rank, ``float64``, when each of its actions starts, in the schedule's order.
+        ends: For each rank, ``float64``, when each of its actions ends.
     """
 
     schedule: Schedule
-    starts: tuple["array[float]", ...]
-    ends: tuple["array[float]", ...]
+    starts: tuple[FloatArray, ...]
+    ends: tuple[FloatArray, ...]
 
     def events(self) -> Iterator[Event]:
         """Every action, rank by rank, each rank's in order."""
         for rank, actions in enumerate(self.schedule.ranks):
-            for action, start, end in zip(actions, self.starts[rank], self.ends[rank], strict=True):
+            for action, start, end in zip(actions, self.starts[rank].tolist(), self.ends[rank].tolist(), strict=True):
                 yield Event(rank, action, start, end)
 
     @property
     def makespan(self) -> float:
         """From time 0 to the end of the last action."""
-        return max((ends[-1] for ends in self.ends if ends), default=0.0)
+        return max((float(ends[-1]) for ends in self.ends if len(ends)), default=0.0)
 
     @property
     def busy(self) -> tuple[float, ...]:
         """For each rank, the time it computes."""
-        return tuple(
-            sum(end - start for start, end in zip(starts, ends, strict=True))
-            for starts, ends in zip(self.starts, self.ends, strict=True)
-        )
+        return tuple(float(np.sum(e - s)) for s, e in zip(self.starts, self.ends, strict=True))
 
     @property
     def spans(self) -> tuple[float, ...]:
         """For each rank, the time from its first action's start to its last one's end."""
-        return tuple(ends[-1] - starts[0] if ends else 0.0 for starts, ends in zip(self.starts, self.ends, strict=True))
+        return tuple(float(e[-1] - s[0]) if len(e) else 0.0 for s, e in zip(self.starts, self.ends, strict=True))
 
     @property
     def bubble_fraction(self) -> float:
