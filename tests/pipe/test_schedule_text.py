@@ -42,7 +42,7 @@ def test_pytorchs_cells_without_compute_are_skipped_and_placement_follows() -> N
         ("", "at least 1 stage"),
         ("0F0\n0B0", r"rank 1, action 0B0: stage 0 is on rank 0 already"),
         ("0F0\n2F0", "no rank has an action of stage 1"),
-        ("0F0,0SEND_F0\n1F0", "rank 0, action 0SEND_F0: only compute actions"),
+        ("0F0,0SEND_F0\n1F0", "rank 0, action 0SEND_F0: a schedule lists compute actions"),
         ("0F0\n\n1F0", "every rank must hold at least one stage"),
     ],
 )

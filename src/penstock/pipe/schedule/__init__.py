@@ -12,7 +12,7 @@ from penstock.pipe.schedule.interleaved_1f1b import interleaved_1f1b
 from penstock.pipe.schedule.looped_bfs import looped_bfs
 from penstock.pipe.schedule.names import SCHEDULES, BuiltIn, get_schedule
 from penstock.pipe.schedule.one_f_one_b import one_f_one_b
-from penstock.pipe.schedule.placement import PLACEMENTS, Placement, get_placement, loop, v_shape
+from penstock.pipe.schedule.placement import PLACEMENTS, get_placement, loop, v_shape
 from penstock.pipe.schedule.schedule import Schedule, ScheduleError
 from penstock.pipe.schedule.seq1f1b import seq1f1b
 from penstock.pipe.schedule.simulate import simulate
@@ -35,7 +35,6 @@ __all__ = [
     "Channel",
     "Costs",
     "Event",
-    "Placement",
     "Schedule",
     "ScheduleError",
     "ScheduleFacts",
