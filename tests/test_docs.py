@@ -15,8 +15,10 @@ from pydantic.fields import FieldInfo
 
 from penstock.data_pipeline import PipelineConfig, load_configuration
 from penstock.data_pipeline.data_sampling import SamplingConfig
-from penstock.data_pipeline.data_sampling.config import MetricConfig
+from penstock.data_pipeline.data_sampling.config import CurriculumConfig, MetricConfig
 from penstock.data_pipeline.data_sampling.curriculum import ScheduleDetails
+from penstock.data_pipeline.data_sampling.pacing import PacingConfig
+from penstock.data_pipeline.data_sampling.subset import SubsetConfig
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import ModelSection
 from penstock.runtime.random_ltd_section import RandomLTDSection
@@ -75,6 +77,9 @@ def test_the_reference_has_every_key_of_a_run_with_its_default() -> None:
         **dict(keys_of(ModelSection, "model.")),
         **dict(keys_of(RandomLTDSection, "random_ltd.")),
         **dict(keys_of(SamplingConfig, "sampling.")),
+        **dict(keys_of(SubsetConfig, "sampling.subset.")),
+        **dict(keys_of(CurriculumConfig, "sampling.curriculum.")),
+        **dict(keys_of(PacingConfig, "sampling.curriculum.pacing.")),
         **dict(keys_of(MetricConfig, METRIC)),
         **dict(keys_of(ScheduleDetails, f"{METRIC}schedule_config.")),
     }

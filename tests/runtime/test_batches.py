@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.data_pipeline.data_sampling import Consumed
 from penstock.runtime.batches import Cut, collate_samples, from_iterator, from_order, split_pair, tokens_in
 
 
@@ -30,21 +31,25 @@ def rows(count: int, length: int = 5) -> list[np.ndarray[Any, Any]]:
 def test_replicas_share_out_what_one_process_computes(size: int, count: int, replicas: int, step: int) -> None:
     start = step * size * count * replicas
     data = rows(4 * size * count * replicas)
-    whole = from_order(data, Identity(), collate_samples, cut(size, count * replicas), start)
+    whole, read = from_order(data, Identity(), collate_samples, cut(size, count * replicas), start)
     expected = {batch.index: batch for batch in whole}
     assert sorted(expected) == list(range(count * replicas))
     seen = []
+    together = Consumed()
     for replica in range(replicas):
-        for batch in from_order(data, Identity(), collate_samples, cut(size, count, replica, replicas), start):
+        part, its_own = from_order(data, Identity(), collate_samples, cut(size, count, replica, replicas), start)
+        together.add(its_own)
+        for batch in part:
             assert torch.equal(batch.inputs, expected[batch.index].inputs)
             assert torch.equal(batch.targets, expected[batch.index].targets)
             assert batch.positions == expected[batch.index].positions
             seen += batch.positions
     assert sorted(seen) == list(range(start, start + size * count * replicas))
+    assert together.state_dict() == read.state_dict()
 
 
 def test_a_middle_stage_reads_nothing_but_knows_the_positions() -> None:
-    batches = from_order(None, Identity(), collate_samples, cut(first=False, last=False), 6)
+    batches, _ = from_order(None, Identity(), collate_samples, cut(first=False, last=False), 6)
     assert [(b.inputs, b.targets, b.positions) for b in batches] == [
         (None, None, (6, 7)),
         (None, None, (8, 9)),
@@ -53,8 +58,8 @@ def test_a_middle_stage_reads_nothing_but_knows_the_positions() -> None:
 
 
 def test_first_and_last_stages_keep_only_their_half() -> None:
-    (first, *_) = from_order(rows(6), Identity(), collate_samples, cut(last=False), 0)
-    (last, *_) = from_order(rows(6), Identity(), collate_samples, cut(first=False), 0)
+    (first, *_), _ = from_order(rows(6), Identity(), collate_samples, cut(last=False), 0)
+    (last, *_), _ = from_order(rows(6), Identity(), collate_samples, cut(first=False), 0)
     assert first.targets is None
     assert last.inputs is None
     assert first.inputs.tolist() == [[0, 1, 2, 3], [100, 101, 102, 103]]

@@ -12,6 +12,7 @@ from penstock.cli.analyze import analyze
 from penstock.cli.compress import compress
 from penstock.cli.evaluate import evaluate
 from penstock.cli.inspect import inspect
+from penstock.cli.order import order
 from penstock.cli.schedule import schedule
 from penstock.cli.tokenize import tokenize
 from penstock.cli.train import train
@@ -43,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, evaluate, inspect, tokenize, analyze, schedule, compress):
+for verb in (train, evaluate, inspect, tokenize, analyze, order, schedule, compress):
     app.command(name="eval" if verb is evaluate else None)(verb)
 
 

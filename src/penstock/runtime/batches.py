@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from penstock.data_pipeline.data_sampling import Consumed
 from penstock.data_pipeline.datasets import TokenCollator
 from penstock.pipe.micro_batch import MicroBatch
 
@@ -65,12 +66,17 @@ class Cut:
         return range(first, first + self.micro_batch_size)
 
 
-def from_order(dataset: Any, order: Order, collate: Collate, cut: Cut, start: int) -> list[MicroBatch]:
+def from_order(dataset: Any, order: Order, collate: Collate, cut: Cut, start: int) -> tuple[list[MicroBatch], Consumed]:
     """The micro-batches of the step that begins at position ``start``, read from a map-style dataset.
 
     Ranks without the first or the last stage read nothing.
+
+    Returns:
+        The micro-batches, and an account of the samples that they hold; of two stages that read the same, the first has
+        it.
     """
     micro_batches = []
+    read = Consumed()
     for index in cut.indices():
         positions = cut.positions(index, start)
         inputs: Any = None
@@ -78,8 +84,10 @@ def from_order(dataset: Any, order: Order, collate: Collate, cut: Cut, start: in
         if cut.is_first or cut.is_last:
             rows = order.sample_at(np.asarray(positions, dtype=np.int64))
             inputs, targets = collate([dataset[int(row)] for row in rows])
+            if cut.is_first:
+                read.enter(np.asarray(positions, dtype=np.int64), rows)
         micro_batches.append(_micro_batch(inputs, targets, index, tuple(positions), cut))
-    return micro_batches
+    return micro_batches, read
 
 
 def from_iterator(data_iter: Iterator[Any], cut: Cut, start: int, *, targets_needed: bool = True) -> list[MicroBatch]:

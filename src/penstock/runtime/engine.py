@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from penstock.compression import Reducer
+from penstock.data_pipeline.data_sampling import Consumed
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.step import StepResult
 from penstock.runtime import batches
@@ -114,7 +115,7 @@ class Engine:
             started = time.perf_counter()
             self.optimizer.zero_grad()  # a step that ended in an error leaves gradients behind
             kept = None if parts.dropping is None else parts.dropping.update(progress.step)
-            micro_batches = self._training_batches(data_iter)
+            micro_batches, consumed = self._training_batches(data_iter)
             read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.is_first else 0
             result = parts.pipeline.train_step(micro_batches, step=progress.step, tally=read)
             tokens = round(result.tally)
@@ -124,6 +125,7 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self._advance(started, kept, lr, norm, tokens, result)
+            progress.read.add(consumed)
         return result.loss
 
     def eval_batch(self, data_iter: Iterator[Any]) -> float:
@@ -152,6 +154,17 @@ class Engine:
             outputs = parts.pipeline.predict_step(micro_batches, broadcast=True)
             assert outputs is not None  # broadcast gives them to every rank
             return outputs
+
+    def report_validation(self, loss: float) -> bool:
+        """Tell a curriculum that is paced by it the validation loss; every rank calls it with the same value.
+
+        Returns:
+            Whether more samples will enter the pool; always False without such a curriculum.
+        """
+        order = self.parts.order
+        if order is None or not order.paced:
+            return False
+        return order.report_validation(loss, step=self.progress.step)
 
     def save_checkpoint(self, directory: str | Path, *, keep: int | None = None) -> Path:
         """Write a checkpoint ``directory/step_NNNNNNNN``, complete once this returns; every rank calls it.
@@ -224,10 +237,10 @@ class Engine:
             self.parts.watcher.report(error)
             raise
 
-    def _training_batches(self, data_iter: Iterator[Any] | None) -> list[MicroBatch]:
+    def _training_batches(self, data_iter: Iterator[Any] | None) -> tuple[list[MicroBatch], Consumed]:
         parts = self.parts
         if data_iter is not None:
-            return self._given_batches(data_iter)
+            return self._given_batches(data_iter), Consumed()  # which samples these are is not known here
         if parts.training_data is None or parts.order is None:
             raise ValueError(
                 "there is nothing to train on: give train_batch a data_iter, initialize a training_data, "

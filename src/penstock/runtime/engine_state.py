@@ -3,7 +3,6 @@
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from penstock._core.protocols import OwnsExchange
 from penstock._version import __version__
 from penstock.compression import Reducer
+from penstock.data_pipeline.data_sampling import Consumed
 from penstock.runtime.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _EXCHANGE: Final = "exchange"
 _OPTIMIZER: Final = "optimizer"
+_PROGRESS: Final = ("step", "samples", "tokens", "earlier")
 _GROUPS: Final = "parameter_groups"
 
 
@@ -42,16 +43,23 @@ def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None)
     tensors, plain = _rank_state(parts)
     if tensors:
         writer.write_rank(parts.process.rank, tensors)
-    mine = {"files": writer.written, "plain": plain, "ledger": parts.rates.ledger.state_dict()}
+    mine = {
+        "files": writer.written,
+        "plain": plain,
+        "ledger": parts.rates.ledger.state_dict(),
+        "read": progress.read.state_dict(),
+    }
     with parts.watcher.waiting("writing a checkpoint"):
         everyone = gather_json(mine, group=parts.groups.control, meter=parts.meter)
+        progress.account(rank["read"] for rank in everyone)
         if parts.process.rank == 0:
             state = {
                 "penstock_version": __version__,
-                "progress": asdict(progress),
+                "progress": {name: getattr(progress, name) for name in _PROGRESS},
+                "consumed": progress.accounts,
                 "layout": layout(parts),
                 "config": parts.config.to_dict(),
-                "sampler": None if parts.order is None else parts.order.state_dict(),
+                "order": None if parts.order is None else parts.order.order_state(),
                 "ranks": [{"plain": rank["plain"], "ledger": rank["ledger"]} for rank in everyone],
             }
             writer.seal(state, [name for rank in everyone for name in rank["files"]])
@@ -81,11 +89,13 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
                 checkpoint.path,
                 len(checkpoint.ranks),
             )
-    if parts.order is not None and state["sampler"] is not None:
-        parts.order.load_state_dict(state["sampler"])
     progress.step = int(state["progress"]["step"])
     progress.samples = int(state["progress"]["samples"])
+    if parts.order is not None and state["order"] is not None:
+        parts.order.load_order_state(state["order"], consumed=progress.samples)
     progress.tokens = int(state["progress"]["tokens"])
+    progress.accounts = list(state["consumed"])
+    progress.read, progress.read_before = Consumed(), Consumed.from_state(progress.accounts[-1])
     return checkpoint.path
 
 

@@ -80,7 +80,12 @@ def train(
         demo.prepare_corpus((output or DEFAULT_OUTPUT) / CORPUS_NAME, _say)
     # What can be refused is refused here, once, and not by every process.
     processes = config.pipe.stages * (config.data_parallel.replicas or 1)
-    prepare(_model(config), config, world_size=processes)
+    ready = prepare(_model(config), config, world_size=processes)
+    if ready.order is not None and ready.order.paced and (config.data.heldout is None or not config.train.eval_every):
+        raise ValueError(
+            "sampling.curriculum.pacing waits for the held-out loss, but there is none during training; set "
+            "data.heldout and train.eval_every"
+        )
     _check_vocabulary(config)
     if config.data.heldout is not None:
         heldout_windows(config)
@@ -254,6 +259,8 @@ def _loop(
         if windows is not None and train.eval_every and done % train.eval_every == 0 and done < total:
             record["heldout_loss"] = heldout_loss(engine, windows)[0]
             display.note(f"step {done}  held-out loss {record['heldout_loss']:.4f}")
+            if engine.report_validation(record["heldout_loss"]):
+                display.note(f"step {done}  the held-out loss stalls: more difficult samples will enter")
         display.update(report, bytes_sent=sent)
         if log is not None:
             log.write(record)

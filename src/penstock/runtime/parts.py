@@ -1,6 +1,7 @@
 """What an engine is put together from, and where its run stands."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
@@ -8,7 +9,7 @@ from torch.optim import Optimizer
 from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange
 from penstock._core.waiting import Watcher
-from penstock.data_pipeline.data_sampling import DataSampler
+from penstock.data_pipeline.data_sampling import Consumed, DataSampler
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups
 from penstock.pipe.module import PipelineModule
@@ -31,12 +32,27 @@ class Progress:
         samples: Samples consumed: the position ``k`` in the run's order at which the next step begins.
         tokens: Tokens consumed.
         earlier: What the run spent on other layouts before it was resumed on this one; None if it never was.
+        read: Which samples this rank has read and trained on since it was started or resumed.
+        read_before: The same for all ranks before it was resumed.
+        accounts: What all ranks had read at each checkpoint: step, samples, count and digest.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     earlier: dict[str, Any] | None = None
+    read: Consumed = field(default_factory=Consumed)
+    read_before: Consumed = field(default_factory=Consumed)
+    accounts: list[dict[str, Any]] = field(default_factory=list)
+
+    def account(self, parts: Iterable[Mapping[str, Any]]) -> None:
+        """Note what all ranks have read, of which ``parts`` are the states, at this step."""
+        total = Consumed()
+        total.add(self.read_before)
+        for part in parts:
+            total.add(Consumed.from_state(part))
+        if not self.accounts or self.accounts[-1]["step"] != self.step:
+            self.accounts.append({"step": self.step, "samples": self.samples, **total.state_dict()})
 
 
 @dataclass(frozen=True)

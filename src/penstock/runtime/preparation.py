@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from penstock.data_pipeline.data_sampling import DataSampler
+from penstock.data_pipeline.data_sampling.entry_points import Progress
 from penstock.data_pipeline.datasets import TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
@@ -17,6 +19,7 @@ from penstock.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from penstock.runtime.config import TrainConfig, check_world, load_config
 from penstock.runtime.dropping import Dropping
 from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
+from penstock.runtime.run_directory import ORDER_NAME
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def prepare(
     if module is not None:
         _check_stages(module)
     _check_optimizer(model, optimizer)
-    dataset = _dataset(settings, training_data)
+    dataset = open_training_data(settings, training_data)
     return Prepared(
         config=settings,
         module=module,
@@ -85,7 +88,7 @@ def prepare(
         loss_fn=loss_fn if loss_fn is not None else getattr(module, "loss_fn", None),
         dropping=_dropping(settings, module),
         dataset=dataset,
-        order=None if dataset is None else _order(settings, dataset),
+        order=None if dataset is None else training_order(settings, dataset),
         schedule=_schedule(settings, optimizer),
     )
 
@@ -174,7 +177,7 @@ def _dropping(config: TrainConfig, module: PipelineModule | None) -> Dropping | 
     return Dropping(config, module)
 
 
-def _dataset(config: TrainConfig, training_data: Any) -> Any:
+def open_training_data(config: TrainConfig, training_data: Any = None) -> Any:
     """The training data: the object given, or what lies at the path; a corpus of tokens becomes windows."""
     source = training_data if training_data is not None else config.data.train
     if source is None:
@@ -190,9 +193,20 @@ def _dataset(config: TrainConfig, training_data: Any) -> Any:
     return dataset
 
 
-def _order(config: TrainConfig, dataset: Any) -> DataSampler:
+def training_order(config: TrainConfig, dataset: Any, *, progress: Progress | None = None) -> DataSampler:
+    """In which order a run reads its training data.
+
+    Args:
+        config: The run's configuration.
+        dataset: What :func:`open_training_data` returned.
+        progress: Told how far the sorting of a curriculum's samples is.
+    """
     sampling = {"strategy": "random", "seed": config.seed, **config.sampling}
-    return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size})
+    curriculum = sampling.get("curriculum")
+    if isinstance(curriculum, Mapping) and curriculum.get("cache") is None and config.output is not None:
+        # The ranks of a run, and its later starts, are to sort the samples once.
+        sampling["curriculum"] = {**curriculum, "cache": str(Path(config.output) / ORDER_NAME)}
+    return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size}, progress=progress)
 
 
 def _schedule(config: TrainConfig, optimizer: Any) -> LRSchedule | None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.data_pipeline.data_sampling.births import DifficultyMetric, birth_steps, entry_points
+from penstock.data_pipeline.data_sampling.births import DifficultyMetric, birth_steps
 from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler
+from penstock.data_pipeline.data_sampling.entry_points import entry_points
 
 
 def linear(low: float, high: float, total: int, grid: float = 1) -> CurriculumScheduler:
@@ -109,7 +110,7 @@ def test_mistakes_are_named() -> None:
             [DifficultyMetric("m", values, linear(5, 6, 1)), DifficultyMetric("n", np.ones(3), linear(1, 1, 1))]
         )
     with pytest.raises(ValueError, match="sample 1 has the value NaN"):
-        DifficultyMetric("m", np.array([0, np.nan]), linear(4, 6, 10))
+        entry_points([DifficultyMetric("m", np.array([0, np.nan]), linear(4, 6, 10))])
     with pytest.raises(ValueError, match="percentiles lie above 0"):
         DifficultyMetric("m", values, linear(0, 6, 10), "percentile")
     with pytest.raises(ValueError, match="the difficulties run from 5 to 101"):

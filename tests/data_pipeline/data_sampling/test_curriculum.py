@@ -151,3 +151,45 @@ def test_deepspeeds_other_names_do_the_same() -> None:
     assert other.get_current_difficulty() == 32
     with pytest.raises(ValueError, match="72 is not in this schedule's range of 8 to 64"):
         schedule.set_current_difficulty(72)
+
+
+@given(st.integers(0, 50), st.integers(0, 200), st.integers(1, 60), st.integers(1, 9))
+def test_cosine_is_its_formula_rounded_down(low: int, rise: int, total: int, grid: int) -> None:
+    scheduler = CurriculumScheduler(
+        {
+            "min_difficulty": low,
+            "max_difficulty": low + rise,
+            "schedule_type": "cosine",
+            "schedule_config": {"total_curriculum_step": total, "difficulty_step": grid},
+        }
+    )
+    found = [scheduler.get_difficulty(step) for step in range(total + 3)]
+    assert found == sorted(found)
+    assert found[0] == low
+    assert set(found[total:]) == {low + rise}
+    for step in range(total):
+        exact = low + rise * (1 - math.cos(math.pi * step / total)) / 2
+        # Where the formula meets a multiple, the last bit decides.
+        assert found[step] in {max(low, math.floor((exact + slack) / grid) * grid) for slack in (-1e-9, 1e-9)}
+
+
+def test_piecewise_joins_its_points_by_lines() -> None:
+    points = [[0, 10], [4, 20], [6, 100], [9, 100]]
+    scheduler = CurriculumScheduler({"schedule_type": "piecewise", "schedule_config": {"points": points}})
+    assert [scheduler.get_difficulty(step) for step in range(8)] == [10, 12, 15, 17, 20, 60, 100, 100]
+    assert (scheduler.min_difficulty, scheduler.max_difficulty, scheduler.last_step) == (10, 100, 9)
+    details = {"points": [[0, 0.5], [2, 1.0]], "difficulty_step": 0.2}
+    scheduler = CurriculumScheduler({"schedule_type": "piecewise", "schedule_config": details})
+    assert [scheduler.get_difficulty(step) for step in range(4)] == [0.5, 0.6, 1.0, 1.0]
+    constant = CurriculumScheduler({"schedule_type": "piecewise", "schedule_config": {"points": [[0, 7]]}})
+    assert constant.get_difficulty(3) == 7
+    for wrong, message in (
+        ([], "the first at step 0"),
+        ([[1, 2]], "the first at step 0"),
+        ([[0, 2], [0, 3]], "must rise"),
+        ([[0, 2], [1, 1]], "never fall"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CurriculumScheduler({"schedule_type": "piecewise", "schedule_config": {"points": wrong}})
+    with pytest.raises(ValueError, match="does not use schedule_config"):
+        CurriculumScheduler({"schedule_type": "piecewise", "schedule_config": {"points": points, "max_step": [1]}})

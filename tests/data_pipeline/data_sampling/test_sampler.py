@@ -259,7 +259,7 @@ METRIC = curriculum()["curriculum"]["metrics"]["m"]
         (VALUES, {"batch_size": 8, "num_replicas": 8}, "the last global batch has 4 samples, which 8 replicas"),
         (VALUES, {"batch_size": 16, "drop_last": True}, "less than one batch of 16"),
         (VALUES, {"labels": [1]}, "labels is used by strategy 'stratified', but the strategy is 'random'"),
-        (VALUES, {"replacement": True}, "used by strategy 'weighted'"),
+        (VALUES, {"replacement": True}, "used by strategies 'weighted' and 'importance'"),
         (VALUES, {"strategy": "weighted"}, "strategy 'weighted' needs weights"),
         (
             VALUES,

@@ -3,6 +3,7 @@
 from penstock.data_pipeline.data_sampling.analysis import Analysis
 from penstock.data_pipeline.data_sampling.analyzer import DataAnalyzer
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
+from penstock.data_pipeline.data_sampling.consumed import Consumed
 from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler
 from penstock.data_pipeline.data_sampling.sampler import DataSampler
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
@@ -10,6 +11,7 @@ from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilde
 
 __all__ = [
     "Analysis",
+    "Consumed",
     "CurriculumScheduler",
     "DataAnalyzer",
     "DataSampler",

@@ -9,17 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler, Difficulty
 from penstock.data_pipeline.data_sampling.growing import MAX_BLOCKS
-from penstock.data_pipeline.data_sampling.order import IntArray
-
-NEVER: Final = MAX_BLOCKS
-"""The block number of samples that no step admits."""
+from penstock.data_pipeline.data_sampling.order import IntArray, digest_of
+from penstock.data_pipeline.data_sampling.thresholds import Thresholds, percentile_thresholds, value_thresholds
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,6 @@ class DifficultyMetric:
                 f"metric {self.name!r}: expected one number per sample, got {self.values.dtype} of shape "
                 f"{self.values.shape}"
             )
-        if self.values.dtype.kind == "f" and bool(np.isnan(self.values).any()):
-            bad = int(np.isnan(self.values).argmax())
-            raise ValueError(f"metric {self.name!r}: sample {bad} has the value NaN; give every sample a number")
         if self.scheduler.last_step is None:
             raise ValueError(
                 f"metric {self.name!r}: a custom schedule needs schedule_config.total_curriculum_step to order samples"
@@ -61,16 +56,23 @@ class DifficultyMetric:
                 f"to {highest}"
             )
 
-    def blocks(self, difficulties: Sequence[Difficulty]) -> npt.NDArray[np.int64]:
-        """For each sample, the first of ``difficulties`` (rising) that admits it; their number if none does."""
+    def thresholds(self, difficulties: Sequence[Difficulty]) -> Thresholds:
+        """What each of ``difficulties`` (rising) admits."""
         if self.difficulty_type == "value":
-            return np.searchsorted(np.asarray(difficulties), self.values, side="left")
-        count = len(self.values)
-        admitted = [math.ceil(Fraction(str(percent)) * count / 100) for percent in difficulties]
-        order = np.argsort(self.values, kind="stable") if self.order is None else self.order
-        result = np.empty(count, dtype=np.int64)
-        result[order] = np.searchsorted(np.asarray(admitted), np.arange(count), side="right")
-        return result
+            return value_thresholds(self.values, difficulties)
+        return percentile_thresholds(self.values, difficulties, self.order)
+
+    def check_numbers(self, part: slice) -> None:
+        """Refuse NaN among some of the values, which compares with nothing.
+
+        Raises:
+            ValueError: There is one; the message names the sample.
+        """
+        if self.values.dtype.kind == "f":
+            bad = np.isnan(self.values[part])
+            if bad.any():
+                sample = part.start + int(bad.argmax())
+                raise ValueError(f"metric {self.name!r}: sample {sample} has the value NaN; give every sample a number")
 
 
 def birth_steps(schedulers: Sequence[CurriculumScheduler], limit: int = MAX_BLOCKS) -> list[int]:
@@ -117,55 +119,9 @@ def _changes(scheduler: CurriculumScheduler, limit: int) -> set[int] | None:
     return changes
 
 
-@dataclass(frozen=True)
-class EntryPoints:
-    """The samples sorted by when they enter the pool.
-
-    Attributes:
-        order: Admitted samples, sorted by block and then by number; int64.
-        sizes: Samples in each block; none is empty.
-        steps: The step at which each block enters.
-        never: How many samples no step admits (their metric is above the schedule's largest difficulty).
-    """
-
-    order: IntArray
-    sizes: list[int]
-    steps: list[int]
-    never: int
-
-
-def entry_points(metrics: Sequence[DifficultyMetric]) -> EntryPoints:
-    """Sort samples by their entry point over all metrics.
-
-    Raises:
-        ValueError: Metrics differ in their number of samples, or the first step admits no sample.
-    """
-    counts = {metric.name: len(metric.values) for metric in metrics}
-    if len(set(counts.values())) != 1:
-        raise ValueError(f"every metric needs one value per sample, but they have {counts}")
-    steps = birth_steps([metric.scheduler for metric in metrics])
-    blocks = np.zeros(next(iter(counts.values())), dtype=np.uint16)
-    for metric in metrics:
-        found = metric.blocks([metric.scheduler.get_difficulty(step) for step in steps])
-        found[found == len(steps)] = NEVER
-        np.maximum(blocks, found.astype(np.uint16), out=blocks)
-    sizes = np.bincount(blocks, minlength=NEVER + 1)
-    if sizes[0] == 0:
-        raise ValueError(f"no sample is easy enough for the first step: {_hardest(metrics)}; raise min_difficulty")
-    never = int(sizes[NEVER])
-    order = np.argsort(blocks, kind="stable")[: len(blocks) - never]
-    filled = np.flatnonzero(sizes[: len(steps)])
-    return EntryPoints(
-        order=order.astype(np.int64, copy=False),
-        sizes=sizes[filled].tolist(),
-        steps=[steps[block] for block in filled],
-        never=never,
-    )
-
-
-def _hardest(metrics: Sequence[DifficultyMetric]) -> str:
-    return ", ".join(
-        f"{metric.name} starts at {metric.difficulty_type} {metric.scheduler.get_difficulty(0)}"
-        + (f" and its smallest value is {metric.values.min()}" if len(metric.values) else "")
-        for metric in metrics
-    )
+def schedule_identity(scheduler: CurriculumScheduler) -> str:
+    """A digest of what a schedule asks for; of a function, what it says at the steps where the pool may grow."""
+    if scheduler.config.schedule_type != "custom":
+        return digest_of(scheduler.config.model_dump_json())
+    steps = birth_steps([scheduler])
+    return digest_of("custom", steps, [scheduler.get_difficulty(step) for step in steps])

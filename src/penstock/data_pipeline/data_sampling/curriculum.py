@@ -1,4 +1,4 @@
-"""How difficult the samples of a step may be: DeepSpeed's curriculum schedules, exact and monotone.
+"""How difficult the samples of a step may be: DeepSpeed's curriculum schedules and two more, exact and monotone.
 
 Li, Zhang, He, "The Stability-Efficiency Dilemma: Investigating Sequence Length Warmup for Training GPT Models"
 (NeurIPS 2022) and Li et al., "DeepSpeed Data Efficiency" (AAAI 2024) describe them. At step ``s`` of ``T``, between the
@@ -6,11 +6,14 @@ smallest difficulty ``a`` and the largest ``b`` with ``difficulty_step`` ``d``, 
 
     a + (b - a) * (s / T) ** (1 / r), rounded down to a multiple of d,
 
-and ``fixed_linear`` is the same with ``r = 1``. Three edges of that formula are mended here: rounding never goes below
-``a`` (with a = 10 and d = 8 it would start at 8), step ``T`` and all later ones give exactly ``b`` (even if ``b`` is no
-multiple of ``d``), and the rounding is exact arithmetic (a linear schedule never misses a multiple by a last bit).
+and ``fixed_linear`` is the same with ``r = 1``. ``cosine`` puts ``(1 - cos(pi * s / T)) / 2`` in the place of the root:
+slow at both ends. ``piecewise`` joins given points ``(step, difficulty)`` by straight lines. Three edges of DeepSpeed's
+formula are mended here: rounding never goes below ``a`` (with a = 10 and d = 8 it would start at 8), step ``T`` and all
+later ones give exactly ``b`` (even if ``b`` is no multiple of ``d``), and the rounding is exact arithmetic (a linear
+schedule never misses a multiple by a last bit).
 """
 
+import bisect
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -31,9 +34,13 @@ _NEEDED: Final = {
     "fixed_linear": ("total_curriculum_step", "difficulty_step"),
     "fixed_root": ("total_curriculum_step", "difficulty_step", "root_degree"),
     "fixed_discrete": ("difficulty", "max_step"),
+    "cosine": ("total_curriculum_step", "difficulty_step"),
+    "piecewise": ("points",),
     "custom": (),
 }
-_OPTIONAL: Final = {"custom": ("total_curriculum_step", "get_difficulty")}
+_OPTIONAL: Final = {"piecewise": ("difficulty_step",), "custom": ("total_curriculum_step", "get_difficulty")}
+
+ScheduleType = Literal["fixed_linear", "fixed_root", "fixed_discrete", "cosine", "piecewise", "custom"]
 
 
 class ScheduleDetails(BaseModel):
@@ -45,6 +52,7 @@ class ScheduleDetails(BaseModel):
         root_degree: Degree of the root: 2 grows fast at first.
         difficulty: ``fixed_discrete``: the difficulties in turn.
         max_step: ``fixed_discrete``: the last step of each difficulty but the last.
+        points: ``piecewise``: pairs of a step and its difficulty, the first at step 0.
         get_difficulty: ``custom``: the function from step to difficulty.
     """
 
@@ -55,6 +63,7 @@ class ScheduleDetails(BaseModel):
     root_degree: Number | None = None
     difficulty: list[Number] | None = None
     max_step: list[int] | None = None
+    points: list[tuple[Annotated[int, Field(strict=True, ge=0)], Number]] | None = None
     get_difficulty: Callable[[int], Difficulty] | None = None
 
 
@@ -62,8 +71,8 @@ class ScheduleConfig(BaseModel):
     """A difficulty schedule, in DeepSpeed's keys.
 
     Attributes:
-        min_difficulty: The difficulty at the start; ``fixed_discrete`` can leave it out.
-        max_difficulty: The difficulty at the end; ``fixed_discrete`` can leave it out.
+        min_difficulty: The difficulty at the start; ``fixed_discrete`` and ``piecewise`` can leave it out.
+        max_difficulty: The difficulty at the end; ``fixed_discrete`` and ``piecewise`` can leave it out.
         schedule_type: Which schedule.
         schedule_config: Its details.
     """
@@ -72,7 +81,7 @@ class ScheduleConfig(BaseModel):
 
     min_difficulty: Number | None = None
     max_difficulty: Number | None = None
-    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"]
+    schedule_type: ScheduleType
     schedule_config: ScheduleDetails = Field(default_factory=ScheduleDetails)
 
     @model_validator(mode="after")
@@ -85,6 +94,8 @@ class ScheduleConfig(BaseModel):
             raise ValueError(f"a {self.schedule_type} schedule does not use schedule_config.{min(surplus)}; remove it")
         if self.schedule_type == "fixed_discrete":
             self._check_discrete()
+        elif self.schedule_type == "piecewise":
+            self._check_points()
         elif self.min_difficulty is None or self.max_difficulty is None:
             raise ValueError(f"a {self.schedule_type} schedule needs min_difficulty and max_difficulty")
         elif self.min_difficulty > self.max_difficulty:
@@ -109,6 +120,21 @@ class ScheduleConfig(BaseModel):
             raise ValueError(f"the difficulties of a curriculum never fall, got {levels}")
         if any(later <= earlier for earlier, later in pairwise([-1, *steps])):
             raise ValueError(f"schedule_config.max_step must rise from 0 or more, got {steps}")
+        self._check_ends(levels)
+
+    def _check_points(self) -> None:
+        points = self.schedule_config.points or []
+        if not points or points[0][0] != 0:
+            raise ValueError(f"a piecewise schedule needs points (step, difficulty), the first at step 0, got {points}")
+        if any(later[0] <= earlier[0] for earlier, later in pairwise(points)):
+            raise ValueError(f"the steps of schedule_config.points must rise, got {[step for step, _ in points]}")
+        levels = [level for _, level in points]
+        if any(later < earlier for earlier, later in pairwise(levels)):
+            raise ValueError(f"the difficulties of a curriculum never fall, got {levels}")
+        self._check_ends(levels)
+
+    def _check_ends(self, levels: list[int | float]) -> None:
+        """What is said of the smallest and the largest difficulty is what the levels say."""
         for name, given, end in (
             ("min_difficulty", self.min_difficulty, levels[0]),
             ("max_difficulty", self.max_difficulty, levels[-1]),
@@ -133,7 +159,7 @@ class CurriculumScheduler:
     def __init__(self, config: Mapping[str, Any] | ScheduleConfig) -> None:
         self.config = validate_config(ScheduleConfig, config, "curriculum schedule")
         details = self.config.schedule_config
-        levels = details.difficulty or [0]
+        levels = details.difficulty or [level for _, level in details.points or []] or [0]
         low, high = self.config.min_difficulty, self.config.max_difficulty
         self.min_difficulty: Difficulty = levels[0] if low is None else low
         self.max_difficulty: Difficulty = levels[-1] if high is None else high
@@ -146,6 +172,8 @@ class CurriculumScheduler:
         if self.config.schedule_type == "fixed_discrete":
             steps = self.config.schedule_config.max_step
             return steps[-1] + 1 if steps else 0
+        if self.config.schedule_config.points is not None:
+            return self.config.schedule_config.points[-1][0]
         return self.config.schedule_config.total_curriculum_step
 
     def get_current_difficulty(self) -> Difficulty:
@@ -199,14 +227,30 @@ class CurriculumScheduler:
             return min(max(self._custom(step), self.min_difficulty), self.max_difficulty)
         if kind == "fixed_discrete":
             return self._discrete(step)
-        return self._root(step)
+        if kind == "piecewise":
+            return self._piecewise(step)
+        return self._rising(step)
 
     def _discrete(self, step: int) -> Difficulty:
         details = self.config.schedule_config
         levels, steps = details.difficulty or [], details.max_step or []
         return levels[sum(step > last for last in steps)]
 
-    def _root(self, step: int) -> Difficulty:
+    def _piecewise(self, step: int) -> Difficulty:
+        details = self.config.schedule_config
+        points = details.points or []
+        last, level = points[-1]
+        if step >= last:
+            return level
+        place = bisect.bisect_right(points, step, key=lambda point: point[0])
+        (start, low), (end, high) = points[place - 1], points[place]
+        exact = _exact(low) + (_exact(high) - _exact(low)) * Fraction(step - start, end - start)
+        if details.difficulty_step is None:
+            whole = all(isinstance(level, int) for _, level in points)
+            return math.floor(exact) if whole else float(exact)
+        return self._on_grid(math.floor(exact / _exact(details.difficulty_step)))
+
+    def _rising(self, step: int) -> Difficulty:
         details = self.config.schedule_config
         total, grid = details.total_curriculum_step, details.difficulty_step
         assert total is not None
@@ -214,8 +258,12 @@ class CurriculumScheduler:
         if step >= total:
             return self.max_difficulty
         low, high, width = _exact(self.min_difficulty), _exact(self.max_difficulty), _exact(grid)
-        degree = details.root_degree or 1
         progress = Fraction(step, total)
+        if self.config.schedule_type == "cosine":
+            # Half a turn of the cosine, written so that its first steps do not round to nothing.
+            risen = math.sin(math.pi / 2 * float(progress)) ** 2
+            return self._on_grid(math.floor((low + (high - low) * Fraction(risen)) / width))
+        degree = details.root_degree or 1
         level = math.floor((low + (high - low) * Fraction(float(progress) ** (1 / degree))) / width)
         if degree == int(degree) and degree <= _EXACT_ROOT:
             # The float root may be off by a last bit, which counts where it meets a multiple of the grid.
@@ -224,7 +272,13 @@ class CurriculumScheduler:
                 level += 1
             while level * width > low and not _power_reaches(level * width - low, span, progress, r):
                 level -= 1
-        rounded = min(max(level * width, low), high)
+        return self._on_grid(level)
+
+    def _on_grid(self, level: int) -> Difficulty:
+        """The ``level``-th multiple of the difficulty step, inside the range of difficulties."""
+        grid = self.config.schedule_config.difficulty_step
+        assert grid is not None
+        rounded = min(max(level * _exact(grid), _exact(self.min_difficulty)), _exact(self.max_difficulty))
         if all(isinstance(number, int) for number in (self.min_difficulty, self.max_difficulty, grid)):
             return int(rounded)
         return float(rounded)

@@ -15,13 +15,19 @@ block's share is the next part of the block's own keyed permutation, so "unseen"
 permutation of the ``L`` positions mixes the shares. When a pass ends (nothing being born at that very position) the
 blocks become one, and as long as nothing is
 born that one is permuted anew, pass after pass, in a single segment. So there are at most three segments per birth, and
-a position is answered by a look-up of its segment and two permutations.
+a position is answered by a look-up of its segment and two permutations. Segments are planned when they are first asked
+for.
+
+Where births to come are not known yet (a curriculum paced by the validation loss), they fall on multiples of ``grid``
+positions, and mixed segments end there too: what was drawn before a birth never depends on it.
 """
 
-from collections.abc import Sequence
+import bisect
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -101,27 +107,42 @@ class GrowingOrder:
         sizes: Samples in each block, at least 1 each.
         births: The position from which on each block is in the pool: rising, the first 0.
         seed: The key of all permutations.
+        grid: Where mixed segments end besides, in positions; None where all births are known from the start.
     """
 
-    def __init__(self, sizes: Sequence[int], births: Sequence[int], seed: int) -> None:
+    def __init__(self, sizes: Sequence[int], births: Sequence[int], seed: int, grid: int | None = None) -> None:
         self._sizes, self._births, self._seed = [int(n) for n in sizes], [int(k) for k in births], seed
+        self._grid = grid
         if not self._sizes or len(self._sizes) != len(self._births) or min(self._sizes) < 1:
             raise ValueError(f"every block needs a size of at least 1 and a birth, got {self._sizes}, {self._births}")
         if self._births[0] != 0 or any(b <= a for a, b in pairwise(self._births)):
             raise ValueError(f"births must start at 0 and rise, got {self._births}")
+        if grid is not None and (grid < 1 or any(birth % grid for birth in self._births)):
+            raise ValueError(f"births must be multiples of grid={grid}, got {self._births}")
         self.epoch_size = sum(self._sizes)
         self._pools = np.cumsum(self._sizes)
         self._base_key = derive(seed, "growing order, one block")
         self._segments: list[_Mixed | _Repeated] = []
-        starts: list[int] = []
-        for first_k, segment in self._plan():
-            starts.append(first_k)
-            self._segments.append(segment)
-        self._starts = np.array(starts, dtype=np.int64)
+        self._starts: list[int] = []
+        self._rest: Iterator[tuple[int, _Mixed | _Repeated]] | None = self._plan()
+        self._planning = threading.Lock()
 
-    def _plan(self) -> list[tuple[int, _Mixed | _Repeated]]:
-        """Walk through births and ends of passes, writing down the segments between them."""
-        plan: list[tuple[int, _Mixed | _Repeated]] = []
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GrowingOrder, (self._sizes, self._births, self._seed, self._grid)
+
+    def _plan_until(self, k: int) -> None:
+        """Plan segments until one begins after position ``k``, or the last one is planned."""
+        with self._planning:
+            while self._rest is not None and (not self._starts or self._starts[-1] <= k):
+                planned = next(self._rest, None)
+                if planned is None:
+                    self._rest = None
+                    return
+                self._segments.append(planned[1])  # before its start, by which other threads find it
+                self._starts.append(planned[0])
+
+    def _plan(self) -> Iterator[tuple[int, _Mixed | _Repeated]]:
+        """Walk through births and ends of passes, giving the segments between them."""
         number = 0  # of the pass
         blocks: list[_Block] = []
         pool = 0
@@ -129,23 +150,29 @@ class GrowingOrder:
             blocks.append(_Block(pool, size, self._block_key(number, pool)))
             pool += size
             until = self._births[block + 1] if block + 1 < len(self._births) else None
-            if blocks[0].size < pool:
+            while k != until and blocks[0].size < pool:
                 unseen = [b.size - b.cursor for b in blocks]
-                length = sum(unseen) if until is None else min(sum(unseen), until - k)
+                length = sum(unseen)
+                if until is not None:
+                    length = min(length, until - k)
+                if self._grid is not None:
+                    length = min(length, self._grid - k % self._grid)
                 shares = apportion(unseen, length)
-                plan.append((k, self._mixed(k, length, blocks, shares)))
+                yield k, self._mixed(k, length, blocks, shares)
                 for drawn, share in zip(blocks, shares, strict=True):
                     drawn.cursor += share
                 blocks = [b for b in blocks if b.cursor < b.size]
                 k += length
-                if not blocks and k != until:
+                if not blocks:
+                    if k == until:
+                        break
                     number += 1
                     blocks = [_Block(0, pool, self._block_key(number, 0))]
             if k == until:
                 continue
             # One block is the whole pool: the first, or all of them merged after a pass that ended just now.
             origin = k - blocks[0].cursor
-            plan.append((k, _Repeated(origin, number, pool, self._base_key)))
+            yield k, _Repeated(origin, number, pool, self._base_key)
             if until is not None:
                 passes, cursor = divmod(until - origin, pool)
                 number += passes
@@ -154,7 +181,6 @@ class GrowingOrder:
                     # What is born at the very end of a pass still belongs to that pass: the pool is not exhausted.
                     number -= 1
                     blocks = []
-        return plan
 
     def _block_key(self, number: int, start: int) -> int:
         """The key of a block's permutation in a pass; the block at slot 0 has the key that a repeated segment uses."""
@@ -177,7 +203,14 @@ class GrowingOrder:
 
     def __call__(self, k: IntArray) -> IntArray:
         """The slots at positions ``k`` (one dimension, each at least 0); int64 of the same length."""
-        which = np.searchsorted(self._starts, k, side="right") - 1
+        if not len(k):
+            return np.empty(0, dtype=np.int64)
+        low, high = int(k.min()), int(k.max())
+        self._plan_until(high)
+        first = bisect.bisect_right(self._starts, low) - 1
+        if first + 1 == len(self._starts) or high < self._starts[first + 1]:
+            return self._segments[first].slots(k)
+        which = np.searchsorted(np.array(self._starts, dtype=np.int64), k, side="right") - 1
         slots = np.empty(len(k), dtype=np.int64)
         for number in np.unique(which):
             here = which == number
@@ -190,4 +223,4 @@ class GrowingOrder:
 
     def digest(self) -> str:
         """A digest of sizes, births and seed."""
-        return digest_of("growing", self._sizes, self._births, self._seed)
+        return digest_of("growing", self._sizes, self._births, self._seed, self._grid)

@@ -83,6 +83,38 @@ class ShuffledOrder:
         return digest_of("shuffled", self.epoch_size, self._seed)
 
 
+class WarmedUpOrder:
+    """One order up to a place, and from there on another one from its beginning.
+
+    Args:
+        first: The order of the warm-up.
+        then: The order of the rest.
+        until: Where the warm-up ends, in positions.
+    """
+
+    def __init__(self, first: Order, then: Order, until: int) -> None:
+        self.first = first
+        self._then = then
+        self._until = until
+        self.epoch_size = then.epoch_size
+
+    def __call__(self, k: IntArray) -> IntArray:
+        """See :class:`Order`."""
+        early = k < self._until
+        if not early.any():
+            return self._then(k - self._until)
+        if early.all():
+            return self.first(k)
+        result = np.empty(len(k), dtype=np.int64)
+        result[early] = self.first(k[early])
+        result[~early] = self._then(k[~early] - self._until)
+        return result
+
+    def digest(self) -> str:
+        """See :class:`Order`."""
+        return digest_of("warmed up", self.first.digest(), self._then.digest(), self._until)
+
+
 def epoch_keys(key: int, epoch: IntArray) -> npt.NDArray[np.uint64]:
     """The key of each element's epoch: one key for all where the epoch is one, which is much cheaper to use."""
     if epoch.size and epoch[0] == epoch[-1] and bool((epoch == epoch[0]).all()):

@@ -9,14 +9,16 @@ from torch.utils.data import IterableDataset, Sampler
 
 from penstock.data_pipeline.configuration import validate_config
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
-from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler
+from penstock.data_pipeline.data_sampling.entry_points import Progress
 from penstock.data_pipeline.data_sampling.order import IntArray, digest_of
+from penstock.data_pipeline.data_sampling.pacing import Pacer
+from penstock.data_pipeline.data_sampling.skips import SkipRanges
 from penstock.data_pipeline.data_sampling.strategies import Strategy, build_strategy
 from penstock.data_pipeline.data_sampling.transforms import build_transforms
 from penstock.data_pipeline.datasets.open import open_dataset
 
 _CHUNK: Final = 2048
-_STATE_VERSION: Final = 1
+_STATE_VERSION: Final = 2
 
 
 class DataSampler(Sampler[list[int]]):
@@ -38,6 +40,8 @@ class DataSampler(Sampler[list[int]]):
         data_source: A list, array or tensor, a pandas or Arrow table, a torch ``Dataset`` (anything with ``__len__``
             and ``__getitem__``), or a path to ``.bin/.idx``, Parquet, Arrow, JSON lines or ``.npy``.
         sampling_config: A dictionary or a :class:`SamplingConfig`, which lists the keys.
+        progress: Called with what is being done, how many samples are done and how many there are, while the samples of
+            a large curriculum are sorted.
 
     Attributes:
         config: The checked configuration.
@@ -49,20 +53,28 @@ class DataSampler(Sampler[list[int]]):
         ValueError: The configuration is wrong or does not fit the data.
     """
 
-    def __init__(self, data_source: Any, sampling_config: Mapping[str, Any] | SamplingConfig | None = None) -> None:
+    def __init__(
+        self,
+        data_source: Any,
+        sampling_config: Mapping[str, Any] | SamplingConfig | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         self.config = validate_config(SamplingConfig, {} if sampling_config is None else sampling_config, "sampling")
         self._transforms = build_transforms(self.config.transforms)
         self._source = data_source
         self.data = self.load_data()
         if len(self.data) == 0:
             raise ValueError("the data source is empty; there is nothing to sample")
-        self._strategy: Strategy = build_strategy(self.config, self.data)
+        self._strategy: Strategy = build_strategy(self.config, self.data, progress)
+        self._skips = SkipRanges(self.config.skip_ranges)
         self._order = self._strategy.order
         self.epoch_size = self._order.epoch_size
         self.num_samples = self.config.num_samples or (self.config.epochs or 1) * self.epoch_size
         self._check_last_batch(0)
         self._consumed = 0
         self._batches = 0
+        self._handed_out = 0
         self._fingerprint: str | None = None
         # In a small pool a chunk would run through many epochs that nobody asked for.
         self._chunk_size = min(_CHUNK, max(self.config.batch_size, self.epoch_size))
@@ -142,7 +154,7 @@ class DataSampler(Sampler[list[int]]):
         size = self._chunk_size
         first, last = low // size, high // size
         if last - first > 1:
-            return self._order(flat).reshape(positions.shape)
+            return self._order(self._skips.places(flat)).reshape(positions.shape)
         # Batches are asked for one after another: whole chunks are worked out at once and the last one is kept, since
         # a small call costs hardly less than one of a few thousand positions.
         if first == last:
@@ -157,23 +169,69 @@ class DataSampler(Sampler[list[int]]):
         known, samples = self._chunk  # read once: another thread may put another chunk in its place
         if known != number:
             start = number * self._chunk_size
-            samples = self._order(np.arange(start, start + self._chunk_size, dtype=np.int64))
+            samples = self._order(self._skips.places(np.arange(start, start + self._chunk_size, dtype=np.int64)))
             self._chunk = (number, samples)
         return samples
 
     def difficulty_at(self, k: int) -> dict[str, float]:
         """The difficulty of each metric that the schedules allow at position ``k``; empty without a curriculum.
 
-        The pool grows at 256 births at most; a schedule with more changes is followed at that spacing, from below.
+        The pool grows at 256 births at most; a schedule with more changes is followed at that spacing, from below. Once
+        a curriculum that is only a warm-up has ended there is no difficulty any more.
         """
         if k < 0:
             raise ValueError(f"positions count from 0, got {k}")
-        step = int(k) // self.config.batch_size
-        return {name: schedule.get_difficulty(step) for name, schedule in self._schedulers.items()}
+        strategy = self._strategy
+        if strategy.curriculum is None:
+            return {}
+        # Skipped places keep their time in the schedule.
+        step = int(self._skips.places(np.array([k], dtype=np.int64))[0]) // self.config.batch_size
+        if strategy.until_step is not None and step >= strategy.until_step:
+            return {}
+        step = strategy.curriculum.schedule_step(step)
+        return {name: schedule.get_difficulty(step) for name, schedule in strategy.schedulers.items()}
 
     @property
-    def _schedulers(self) -> dict[str, CurriculumScheduler]:
-        return self._strategy.schedulers
+    def paced(self) -> bool:
+        """Whether a curriculum waits for validation losses; see :meth:`report_validation`."""
+        return self._pacer is not None
+
+    @property
+    def _pacer(self) -> Pacer | None:
+        return None if self._strategy.curriculum is None else self._strategy.curriculum.pacer
+
+    def report_validation(self, loss: float, *, step: int | None = None) -> bool:
+        """Tell a paced curriculum a validation loss; every replica reports the same.
+
+        Args:
+            loss: Mean loss on held-out data.
+            step: Global batches trained on so far; None takes those marked as trained.
+
+        Returns:
+            Whether another block of samples will enter at the next multiple of ``pacing.every`` steps.
+
+        Raises:
+            ValueError: The curriculum is not paced, the loss is not finite, or a loader has run so far ahead that it
+                has handed out batches from beyond that step.
+        """
+        curriculum, pacer = self._strategy.curriculum, self._pacer
+        if curriculum is None or pacer is None:
+            raise ValueError("only a curriculum with pacing follows the validation loss; set curriculum.pacing")
+        if not pacer.report(self._batches if step is None else step, loss):
+            return False
+        first = pacer.births[-1] * self.config.batch_size
+        if self._handed_out > first:
+            raise ValueError(
+                f"the curriculum grows at position {first}, but batches up to position {self._handed_out} were handed "
+                f"out already; raise pacing.every (now {pacer.config.every} steps) above what the loader prefetches"
+            )
+        self._births_changed()
+        return True
+
+    def _births_changed(self) -> None:
+        if self._strategy.curriculum is not None:
+            self._strategy.curriculum.births_changed()
+            self._chunk = (-1, np.empty(0, dtype=np.int64))
 
     @property
     def num_excluded(self) -> int:
@@ -205,11 +263,12 @@ class DataSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """This replica's sample indices, a list for each global batch, from the first batch not trained on."""
-        k = self._consumed
+        k = self._handed_out = self._consumed
         while k < self._end:
             positions = self.positions_at(k)
-            yield self.sample_at(np.arange(positions.start, positions.stop)).tolist()
             k += self.config.batch_size
+            self._handed_out = min(k, self.num_samples)
+            yield self.sample_at(np.arange(positions.start, positions.stop)).tolist()
 
     def __len__(self) -> int:
         """Batches that are left from the first not trained on."""
@@ -257,20 +316,16 @@ class DataSampler(Sampler[list[int]]):
     def fingerprint(self) -> str:
         """A digest of all that the order depends on: strategy, seed, schedule, metrics and the number of samples.
 
-        How batches are shared among replicas, and where the run ends, are not part of it: they may change on resuming.
+        How batches are shared among replicas, where the run ends and which later stretches it skips are not part of it:
+        they may change on resuming.
         """
         if self._fingerprint is None:
             self._fingerprint = digest_of(len(self.data), self._order.digest())
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, as plain values: samples and batches trained on, and the :meth:`fingerprint`."""
-        return {
-            "version": _STATE_VERSION,
-            "consumed": self._consumed,
-            "step": self._batches,
-            "fingerprint": self.fingerprint(),
-        }
+        """Where the run stands, as plain values: samples and batches trained on, and what :meth:`order_state` gives."""
+        return {"version": _STATE_VERSION, "consumed": self._consumed, "step": self._batches, **self.order_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with any number of replicas.
@@ -284,11 +339,38 @@ class DataSampler(Sampler[list[int]]):
                 f"not a sampler's state of version {_STATE_VERSION}: version={version!r}, consumed={consumed!r}, "
                 f"step={step!r}"
             )
+        self.load_order_state(state, consumed=consumed)
+        self.set_consumed(consumed)
+        self._batches = step
+
+    def order_state(self) -> dict[str, Any]:
+        """What a run's order depends on besides its position: fingerprint, skipped ranges, births of a paced pool."""
+        pacer = self._pacer
+        return {
+            "fingerprint": self.fingerprint(),
+            "skip_ranges": [list(pair) for pair in self._skips.ranges],
+            "pacing": None if pacer is None else pacer.state_dict(),
+        }
+
+    def load_order_state(self, state: Mapping[str, Any], *, consumed: int) -> None:
+        """Check that a run that stands at position ``consumed`` can go on in this order, and take its log over.
+
+        Raises:
+            ValueError: It was another order, or passed over other ranges up to there.
+        """
         if state.get("fingerprint") != self.fingerprint():
             raise ValueError(
                 f"the state belongs to another order (fingerprint {state.get('fingerprint')}, here "
                 f"{self.fingerprint()}): the dataset, strategy, seed or curriculum changed since it was saved; restore "
                 "them, or call set_consumed to start the new order at a position of your choice"
             )
-        self.set_consumed(consumed)
-        self._batches = step
+        then = SkipRanges([(int(first), int(end)) for first, end in state.get("skip_ranges") or ()])
+        passed, here = then.begun_before(consumed), self._skips.begun_before(consumed)
+        if passed != here:
+            raise ValueError(
+                f"by position {consumed} the run had passed over skip_ranges {list(passed)}, but the configuration "
+                f"says {list(here)}; keep those that the run has reached, and add only later ones"
+            )
+        if self._pacer is not None:
+            self._pacer.load_state_dict(state.get("pacing") or {})
+            self._births_changed()

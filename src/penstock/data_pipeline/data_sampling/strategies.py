@@ -1,6 +1,5 @@
 """From a configuration and data to an order."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,22 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.data_pipeline.data_sampling.analysis import Analysis
-from penstock.data_pipeline.data_sampling.births import DifficultyMetric, EntryPoints, entry_points
-from penstock.data_pipeline.data_sampling.config import MetricConfig, SamplingConfig
+from penstock.data_pipeline.data_sampling.births import DifficultyMetric, schedule_identity
+from penstock.data_pipeline.data_sampling.config import CurriculumConfig, MetricConfig, SamplingConfig
 from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler
-from penstock.data_pipeline.data_sampling.growing import GrowingOrder
-from penstock.data_pipeline.data_sampling.order import IntArray, Order, SequentialOrder, ShuffledOrder, digest_of
+from penstock.data_pipeline.data_sampling.curriculum_order import CurriculumOrder
+from penstock.data_pipeline.data_sampling.entry_points import Progress, entry_points
+from penstock.data_pipeline.data_sampling.order import (
+    IntArray,
+    Order,
+    SequentialOrder,
+    ShuffledOrder,
+    WarmedUpOrder,
+    digest_of,
+)
+from penstock.data_pipeline.data_sampling.pacing import Pacer
 from penstock.data_pipeline.data_sampling.stratified import StratifiedOrder
+from penstock.data_pipeline.data_sampling.subset import SubsetOrder, subset_members
 from penstock.data_pipeline.data_sampling.weighted import ReplacementOrder, WeightedOrder
 
 
@@ -26,93 +35,175 @@ class Strategy:
         order: The order itself.
         excluded: Samples that never appear in it.
         schedulers: A curriculum's schedules by metric.
+        curriculum: The curriculum's own order, if there is one.
+        until_step: The step at which the curriculum ends; None if it does not.
     """
 
     order: Order
     excluded: int = 0
     schedulers: dict[str, CurriculumScheduler] = field(default_factory=dict)
+    curriculum: CurriculumOrder | None = None
+    until_step: int | None = None
 
 
-class CurriculumOrder:
-    """A growing pool of samples in the order of their entry points.
+def build_strategy(config: SamplingConfig, data: Any, progress: Progress | None = None) -> Strategy:
+    """The order that a configuration describes, over ``data``.
 
     Args:
-        entries: The samples sorted by when they enter.
-        batch_size: Samples of a step: schedules count steps, orders count samples.
-        seed: The key of all permutations.
-    """
-
-    def __init__(self, entries: EntryPoints, batch_size: int, seed: int) -> None:
-        self._samples = entries.order
-        self._growing = GrowingOrder(entries.sizes, [step * batch_size for step in entries.steps], seed)
-        self.epoch_size = self._growing.epoch_size
-
-    def __call__(self, k: IntArray) -> IntArray:
-        """See :class:`Order`."""
-        return np.asarray(self._samples[self._growing(k)], dtype=np.int64)
-
-    def digest(self) -> str:
-        """See :class:`Order`."""
-        return digest_of("curriculum", self._growing.digest(), self._samples)
-
-
-def build_strategy(config: SamplingConfig, data: Any) -> Strategy:
-    """The order that a configuration describes, over ``data``.
+        config: The configuration.
+        data: The samples.
+        progress: Told how far the sorting of a curriculum's samples is.
 
     Raises:
         ValueError: Labels, weights or metrics do not fit the data.
     """
     size = len(data)
+    if config.subset is None:
+        return _over(config, data, size, None, progress)
+    members = subset_members(config.subset, data, config.seed)
+    inner = _over(config, data, len(members), members, progress)
+    return Strategy(
+        order=SubsetOrder(inner.order, members),
+        excluded=inner.excluded + size - len(members),
+        schedulers=inner.schedulers,
+        curriculum=inner.curriculum,
+        until_step=inner.until_step,
+    )
+
+
+def _over(
+    config: SamplingConfig, data: Any, size: int, members: IntArray | None, progress: Progress | None
+) -> Strategy:
+    """The order over ``size`` samples: all, or the members of a subset."""
     if config.strategy == "sequential":
         return Strategy(SequentialOrder(size))
     if config.strategy == "random":
         return Strategy(ShuffledOrder(size, config.seed))
     if config.strategy == "stratified":
-        return Strategy(StratifiedOrder(_per_sample("labels", config.labels, data), config.seed))
-    if config.strategy == "weighted":
-        weights = _per_sample("weights", config.weights, data)
+        return Strategy(StratifiedOrder(_per_sample("labels", config.labels, data, members), config.seed))
+    if config.strategy in ("weighted", "importance"):
+        if config.strategy == "weighted":
+            weights = _per_sample("weights", config.weights, data, members)
+        else:
+            scores = _per_sample("scores", config.scores, data, members)
+            weights = importance_weights(scores, 1.0 if config.temperature is None else config.temperature)
         kind = ReplacementOrder if config.replacement else WeightedOrder
         return Strategy(kind(weights, config.seed, config.samples_per_epoch), excluded=int((weights == 0).sum()))
     assert config.curriculum is not None
-    metrics = [_metric(name, metric, size) for name, metric in config.curriculum.metrics.items()]
-    entries = entry_points(metrics)
+    return _curriculum(config.curriculum, config, len(data), size, members, progress)
+
+
+def importance_weights(scores: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
+    """``exp(score / temperature)``, scaled to a largest of 1.
+
+    Raises:
+        ValueError: A score is not a finite number.
+    """
+    if scores.dtype.kind not in "biuf":
+        raise ValueError(f"scores: expected numbers, got {scores.dtype}")
+    exact = scores.astype(np.float64)
+    if not np.isfinite(exact).all():
+        bad = int((~np.isfinite(exact)).argmax())
+        raise ValueError(f"scores: sample {bad} has the score {exact[bad]}; scores are finite numbers")
+    return np.asarray(np.exp((exact - exact.max()) / temperature), dtype=np.float64)
+
+
+def _curriculum(
+    curriculum: CurriculumConfig,
+    config: SamplingConfig,
+    total: int,
+    size: int,
+    members: IntArray | None,
+    progress: Progress | None,
+) -> Strategy:
+    metrics = [_metric(name, metric, total, members) for name, metric in curriculum.metrics.items()]
+    identity = None
+    if curriculum.cache is not None and members is None:
+        identity = digest_of(
+            *(
+                part
+                for metric in metrics
+                for part in (
+                    metric.name,
+                    metric.difficulty_type,
+                    schedule_identity(metric.scheduler),
+                    _identity(curriculum.metrics[metric.name], metric),
+                )
+            )
+        )
+    folders = {metric.path for metric in curriculum.metrics.values() if metric.path and _is_analysis(metric.path)}
+
+    def check() -> None:
+        for folder in sorted(folders):
+            Analysis.load(folder)
+
+    entries = entry_points(metrics, curriculum.cache, identity=identity, check=check, progress=progress)
+    pacer = None if curriculum.pacing is None else Pacer(curriculum.pacing, len(entries.sizes))
+    order = CurriculumOrder(entries, config.batch_size, config.seed, pacer)
+    schedulers = {metric.name: metric.scheduler for metric in metrics}
+    if curriculum.until_step is None:
+        return Strategy(order, excluded=entries.never, schedulers=schedulers, curriculum=order)
     return Strategy(
-        CurriculumOrder(entries, config.batch_size, config.seed),
-        excluded=entries.never,
-        schedulers={metric.name: metric.scheduler for metric in metrics},
+        WarmedUpOrder(order, ShuffledOrder(size, config.seed), curriculum.until_step * config.batch_size),
+        schedulers=schedulers,
+        curriculum=order,
+        until_step=curriculum.until_step,
     )
 
 
-def _per_sample(name: str, given: Any, data: Any) -> npt.NDArray[Any]:
-    """One label or weight per sample, from an array or a function of the sample."""
-    function: Callable[[Any], Any] | None = given if callable(given) else None
-    values = np.asarray(given if function is None else [function(data[index]) for index in range(len(data))])
+def _per_sample(name: str, given: Any, data: Any, members: IntArray | None) -> npt.NDArray[Any]:
+    """One label or weight per sample, from an array, a file or a function of the sample; of a subset, its members'."""
+    if callable(given):
+        numbers = range(len(data)) if members is None else members.tolist()
+        values = np.asarray([given(data[index]) for index in numbers])
+        expected = len(numbers)
+    else:
+        values = np.asarray(_load_array(given) if isinstance(given, str) else given)
+        expected = len(data)
     if values.dtype == object and all(isinstance(value, str) for value in values.flat):  # as pandas holds text
         values = values.astype(str)
-    if values.shape != (len(data),):
-        raise ValueError(f"{name}: expected one for each of {len(data)} samples, got the shape {values.shape}")
+    if values.shape != (expected,):
+        raise ValueError(f"{name}: expected one for each of {expected} samples, got the shape {values.shape}")
     if values.dtype.kind not in "biufUS":
         raise ValueError(f"{name}: expected numbers or strings, got {values.dtype}")
-    return values
+    return values if members is None or callable(given) else values[members]
 
 
-def _metric(name: str, config: MetricConfig, size: int) -> DifficultyMetric:
+def _metric(name: str, config: MetricConfig, size: int, members: IntArray | None) -> DifficultyMetric:
     order = None
     if config.path is None:
         values = np.asarray(config.values)
-    elif config.path.endswith(".npy"):
+    elif not _is_analysis(config.path):
         values = _load_array(config.path)
     else:
-        analysis = Analysis.load(config.path)
+        # Its checksums cost a pass over all values: they are compared when these are read, not at every start.
+        analysis = Analysis.load(config.path, verify=False)
         values, order = analysis.values(name), analysis.order(name)
     if values.shape != (size,):
         raise ValueError(f"metric {name!r}: expected a value for each of {size} samples, got the shape {values.shape}")
+    if members is not None:
+        values, order = values[members], None
     return DifficultyMetric(name, values, CurriculumScheduler(config.schedule()), config.difficulty_type, order)
+
+
+def _identity(config: MetricConfig, metric: DifficultyMetric) -> str:
+    """What tells one metric's data from another's without reading all of it, where it is stored."""
+    if config.path is None:
+        return digest_of(metric.values)
+    path = Path(config.path)
+    if not _is_analysis(config.path):
+        facts = path.stat()
+        return digest_of(str(path.resolve()), facts.st_size, facts.st_mtime_ns)
+    return digest_of((path / "manifest.json").read_bytes())
+
+
+def _is_analysis(path: str) -> bool:
+    return not path.endswith(".npy")
 
 
 def _load_array(path: str) -> npt.NDArray[Any]:
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file of metric values")
+        raise ValueError(f"{path}: there is no such file of numbers")
     try:
         found: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

@@ -1,0 +1,105 @@
+"""``penstock order``: which samples a run reads when, and whether a run has read those."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from penstock.data_pipeline.data_sampling import Consumed, DataSampler
+from penstock.data_pipeline.data_sampling.entry_points import Progress
+from penstock.runtime.checkpoint import Checkpoint
+from penstock.runtime.config import TrainConfig, load_config
+from penstock.runtime.engine_state import find
+from penstock.runtime.preparation import open_training_data, training_order
+from penstock.runtime.run_directory import CHECKPOINTS_NAME, CONFIG_NAME
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a run had read at one of its checkpoints, beside what its order says.
+
+    Attributes:
+        step: Steps completed.
+        samples: Samples consumed.
+        entered: Samples that the ranks entered in their account.
+        digest: The account's digest.
+        expected: The digest of the order's samples at positions 0 to ``samples - 1``.
+    """
+
+    step: int
+    samples: int
+    entered: int
+    digest: str
+    expected: str
+
+    @property
+    def proved(self) -> bool:
+        """Whether the run has read exactly what its order says."""
+        return self.entered == self.samples and self.digest == self.expected
+
+
+def run_order(
+    source: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
+) -> tuple[TrainConfig, DataSampler]:
+    """The order of a run's samples.
+
+    Args:
+        source: A configuration, or a run's directory. The data must be named in it by ``data.train``.
+        overrides: ``section.key=value`` texts.
+        progress: Told how far the sorting of a curriculum's samples is.
+
+    Raises:
+        ValueError: The configuration is wrong or names no data.
+    """
+    config = load_config(source / CONFIG_NAME if source.is_dir() else source, overrides)
+    dataset = open_training_data(config)
+    if dataset is None:
+        raise ValueError(f"{source}: the order depends on the data, but data.train names none")
+    order = training_order(config, dataset, progress=progress)
+    checkpoint = _newest(source)
+    if checkpoint is not None and order.paced:
+        _take_log(order, checkpoint)
+    return config, order
+
+
+def verify_run(run: Path, overrides: Sequence[str] = ()) -> list[Account]:
+    """Compare what a run has read, by the account in its newest checkpoint, with what its configuration's order says.
+
+    Args:
+        run: The run's directory.
+        overrides: ``section.key=value`` texts, where the data has moved for example.
+
+    Raises:
+        ValueError: There is no complete checkpoint, or it is of another order.
+    """
+    checkpoint = find(run / CHECKPOINTS_NAME)
+    _, order = run_order(run, overrides)
+    state = _take_log(order, checkpoint)
+    expected, done, found = Consumed(), 0, []
+    for entry in state["consumed"]:
+        samples = int(entry["samples"])
+        expected.add(Consumed.of(order.sample_at, done, samples))
+        done = samples
+        found.append(Account(int(entry["step"]), samples, int(entry["count"]), entry["digest"], expected.digest))
+    return found
+
+
+def rows(order: DataSampler, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Position, step and sample for the positions ``start`` to ``stop - 1``."""
+    samples = order.sample_at(np.arange(start, stop))
+    return [(k, k // order.config.batch_size, sample) for k, sample in enumerate(samples.tolist(), start)]
+
+
+def _newest(run: Path) -> Checkpoint | None:
+    return find(run / CHECKPOINTS_NAME) if (run / CHECKPOINTS_NAME).is_dir() else None
+
+
+def _take_log(order: DataSampler, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint's state, after the order has taken over what it says of births."""
+    state = checkpoint.read_state()
+    if state["order"] is None:
+        raise ValueError(f"{checkpoint.path}: the run read no training data of its own, so there is no order to verify")
+    order.load_order_state(state["order"], consumed=int(state["progress"]["samples"]))
+    return state

@@ -1,0 +1,118 @@
+"""``penstock order`` on small whole runs: what it prints is what was read, and what was not read is found out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from torch import nn
+from typer.testing import CliRunner
+
+import penstock
+from penstock.cli.main import app
+from penstock.runtime.order_check import verify_run
+
+
+class Rows(nn.Module):
+    """A loss that depends on one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.weight * rows.float()
+
+
+def loss(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return output.mean() * 1e-3
+
+
+def order(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["order", *map(str, arguments)])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    np.save(tmp_path / "rows.npy", np.arange(200).reshape(40, 5))
+    np.save(tmp_path / "m.npy", np.arange(40) % 10)
+    metric = {"path": str(tmp_path / "m.npy"), "schedule_type": "fixed_discrete"}
+    metric["schedule_config"] = {"difficulty": [3, 6, 9], "max_step": [1, 2]}
+    return {
+        "output": str(tmp_path / "run"),
+        "train": {"global_batch_size": 4, "micro_batch_size": 2, "steps": 30},
+        "data": {"train": str(tmp_path / "rows.npy")},
+        "sampling": {"strategy": "curriculum", "curriculum": {"metrics": {"m": metric}}},
+    }
+
+
+def train(config: dict[str, Any], steps: int, *, resume: bool = False) -> list[list[int]]:
+    """Train, write a checkpoint, and give what the model saw: the rows' numbers, step by step."""
+    seen: list[list[int]] = []
+    model = Rows()
+    model.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0][:, 0] // 5).tolist()))
+    checkpoints = Path(config["output"]) / "checkpoints"
+    with penstock.initialize(model, config, loss_fn=loss) as engine:
+        if resume:
+            engine.load_checkpoint(checkpoints)
+        for _ in range(steps):
+            engine.train_batch()
+        engine.save_checkpoint(checkpoints)
+    (Path(config["output"]) / "config.json").write_text(json.dumps(config))
+    return [row for micro_batch in seen for row in micro_batch]  # type: ignore[misc]
+
+
+def test_what_is_printed_was_read_and_the_run_proves_it(config: dict[str, Any], tmp_path: Path) -> None:
+    seen = train(config, 5)
+    config["sampling"]["skip_ranges"] = [[20, 24], [30, 31]]
+    seen += train(config, 4, resume=True)
+    run = Path(config["output"])
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    printed = order(tmp_path / "config.yaml", "--to", 36)
+    assert printed.exit_code == 0
+    lines = [line.split("\t") for line in printed.stdout.splitlines()]
+    assert lines[0] == ["position", "step", "sample"]
+    assert [int(line[0]) for line in lines[1:]] == list(range(36))
+    assert [int(line[1]) for line in lines[1:]] == [k // 4 for k in range(36)]
+    assert [int(line[2]) for line in lines[1:]] == seen
+    one_batch = order(run, "--from", 8).stdout.splitlines()[1:]
+    assert [int(line.split("\t")[2]) for line in one_batch] == seen[8:12]
+    assert len(list((run / "order").glob("*/order.bin"))) == 1  # sorted once for all of these
+    accounts = verify_run(run)
+    assert [(account.step, account.samples, account.proved) for account in accounts] == [(5, 20, True), (9, 36, True)]
+    result = order("--verify", run)
+    assert result.exit_code == 0
+    assert "step 9  36 samples" in result.stdout
+    assert "as the order says" in result.stdout
+
+
+def test_other_samples_are_found_out(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from penstock.data_pipeline.data_sampling import DataSampler
+
+    train(config, 2)
+    honest = DataSampler.sample_at
+    monkeypatch.setattr(DataSampler, "sample_at", lambda self, k: (honest(self, k) + (np.asarray(k) == 9)) % 40)
+    train(config, 1, resume=True)
+    monkeypatch.undo()
+    run = Path(config["output"])
+    assert [account.proved for account in verify_run(run)] == [True, False]
+    result = order("--verify", run)
+    assert result.exit_code == 1
+    assert "step 3  12 samples" in result.stdout
+    assert "NOT what the order says" in result.stdout
+
+
+def test_mistakes_are_named(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({**config, "data": {}}))
+    for arguments, message in (
+        ((), "name either a configuration"),
+        ((tmp_path / "config.yaml",), r"data\.train names none"),
+        ((tmp_path / "config.yaml", "--set", f"data.train={tmp_path / 'rows.npy'}", "--from", 9, "--to", 3), "before"),
+        (("--verify", tmp_path), "no complete checkpoint"),
+    ):
+        result = order(*arguments)
+        assert result.exit_code == 2
+        assert message.replace("\\", "") in result.stderr.replace("\n", " ")
