@@ -12,9 +12,10 @@ from penstock.compression.config import CompressionConfig
 from penstock.compression.ddp_hook import DDPCompression, ddp_compression_hook
 from penstock.compression.error_feedback import ErrorFeedback
 from penstock.compression.error_memory import ErrorMemory
+from penstock.compression.local import DiLoCo, LocalSGD, LocalUpdates, MuLoCo, OuterStep, SparseLoCo, StreamingDiLoCo
 from penstock.compression.local_gradients import LocalGradients
 from penstock.compression.module import CompressionModule, initialize_module
-from penstock.compression.optim import OneBitAdam, OneBitLamb, ZeroOneAdam
+from penstock.compression.optim import MuonAdamW, OneBitAdam, OneBitLamb, ZeroOneAdam
 from penstock.compression.reducer import Reducer
 from penstock.compression.registry import (
     create_compression_algorithm,
@@ -33,14 +34,22 @@ __all__ = [
     "CompressionConfig",
     "CompressionModule",
     "DDPCompression",
+    "DiLoCo",
     "ErrorFeedback",
     "ErrorMemory",
     "LocalGradients",
+    "LocalSGD",
+    "LocalUpdates",
+    "MuLoCo",
+    "MuonAdamW",
     "OneBitAdam",
     "OneBitLamb",
+    "OuterStep",
     "Payload",
     "PayloadField",
     "Reducer",
+    "SparseLoCo",
+    "StreamingDiLoCo",
     "ZeroOneAdam",
     "compressed_allreduce",
     "create_compression_algorithm",
