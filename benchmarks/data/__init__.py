@@ -1,0 +1,1 @@
+"""Benchmarks of the data room, each beside its peer."""
