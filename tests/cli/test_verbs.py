@@ -85,6 +85,34 @@ def test_inspect_a_dataset(dataset: Path) -> None:
         assert result.output.endswith("intact\n")
 
 
+def test_inspect_verifies_every_token(dataset: Path) -> None:
+    good = run("inspect", dataset, "--verify")
+    assert good.exit_code == 0
+    assert "token numbers  0 to 6\n" in good.output
+    with Path(f"{dataset}.bin").open("ab") as file:
+        file.write(b"\0\0")
+    assert run("inspect", dataset).exit_code == 0
+    bad = run("inspect", dataset, "--verify")
+    assert bad.exit_code == 1
+    assert "some bytes belong to no sequence" in bad.output
+
+
+def test_split_and_merge(dataset: Path, tmp_path: Path) -> None:
+    parts = ["--part", f"{tmp_path}/a=1", "--part", f"{tmp_path}/b=1"]
+    cut = run("split", dataset, *parts)
+    assert cut.exit_code == 0, cut.output
+    assert cut.output.splitlines() == [
+        f"{tmp_path}/a.bin: 3 documents, 11 tokens",
+        f"{tmp_path}/b.bin: 1 documents, 5 tokens",
+    ]
+    assert run("split", dataset, *parts).exit_code == 2
+    assert "of the form PREFIX=SHARE" in run("split", dataset, "--part", "a").output
+    whole = run("merge", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "c")
+    assert whole.exit_code == 0, whole.output
+    assert (tmp_path / "c.bin").read_bytes() == Path(f"{dataset}.bin").read_bytes()
+    assert (tmp_path / "c.idx").read_bytes() == Path(f"{dataset}.idx").read_bytes()
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_inspect_a_truncated_dataset(dataset: Path, suffix: str) -> None:
     file = Path(f"{dataset}{suffix}")

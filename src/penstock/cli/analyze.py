@@ -90,7 +90,9 @@ def analyze(
         found = analyzer.run(resume=resume)
     if picture is not None:
         draw_distributions(found, picture)
-    typer.echo(f"{output}: {', '.join(found.metrics)} of {found.num_samples:,} samples, {found.num_tokens:,} tokens")
+    typer.echo(
+        f"{output}: {', '.join(found.metrics)} of {found.num_samples:,} samples, {found.num_tokens or 0:,} tokens"
+    )
 
 
 def _metrics(wanted: list[str], model: Path | None) -> tuple[list[str], dict[str, Any]]:

@@ -10,19 +10,22 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A dataset, analysis, checkpoint(s), run or .safetensors.")
     ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of a dataset, read every token too, and account for every byte.")
+    ] = False,
 ) -> None:
     """Say what lies at a path and whether it is intact; the exit code is 1 if not.
 
     \b
     Examples:
-      penstock inspect data/train
+      penstock inspect data/train --verify
       penstock inspect runs/demo
       penstock inspect runs/demo/checkpoints
       penstock inspect runs/demo/checkpoints/step_00000200
     """
     from penstock.runtime.inspection import inspect_path
 
-    found = inspect_path(path)
+    found = inspect_path(path, verify=verify)
     typer.echo(f"{path}: {found.kind}")
     width = max(map(len, found.facts), default=0)
     for name, value in found.facts.items():

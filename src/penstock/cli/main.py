@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from penstock._version import __version__
 from penstock.cli.analyze import analyze
 from penstock.cli.compress import compress
+from penstock.cli.datasets import merge, split
 from penstock.cli.evaluate import evaluate
 from penstock.cli.inspect import inspect
 from penstock.cli.order import order
@@ -44,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, evaluate, inspect, tokenize, analyze, order, schedule, compress):
+for verb in (train, evaluate, inspect, tokenize, merge, split, analyze, order, schedule, compress):
     app.command(name="eval" if verb is evaluate else None)(verb)
 
 

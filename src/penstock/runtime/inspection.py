@@ -12,6 +12,7 @@ from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_json, rea
 from penstock.compression.archive import compressed_by
 from penstock.data_pipeline.data_sampling.analysis import Analysis
 from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
+from penstock.data_pipeline.datasets.rearrange import check_tokens
 from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
 from penstock.runtime.metrics_log import read_metrics
 from penstock.runtime.run_directory import CHECKPOINTS_NAME, METRICS_NAME
@@ -44,15 +45,19 @@ class Finding:
         return not self.problems
 
 
-def inspect_path(path: str | os.PathLike[str]) -> Finding:
+def inspect_path(path: str | os.PathLike[str], *, verify: bool = False) -> Finding:
     """Look at what lies at a path, and verify it: every checksum where there are checksums.
+
+    Args:
+        path: Where to look.
+        verify: Of a dataset, read every token too, and account for every byte.
 
     Raises:
         ValueError: There is nothing, or nothing that is understood.
     """
     place = Path(path)
     if place.suffix in (".bin", ".idx") or bin_path(place).exists() or idx_path(place).exists():
-        return _dataset(place)
+        return _dataset(place, verify=verify)
     if not place.exists():
         raise ValueError(f"{place}: there is no such file, directory or dataset; {_UNDERSTOOD}")
     if place.suffix == ".safetensors":
@@ -70,11 +75,11 @@ def inspect_path(path: str | os.PathLike[str]) -> Finding:
     return _sealed(place)
 
 
-def _dataset(place: Path) -> Finding:
+def _dataset(place: Path, *, verify: bool) -> Finding:
     found = Finding("dataset")
     try:
         dataset = IndexedDataset(place)
-    except CorruptFileError as error:
+    except ValueError as error:  # damaged, or of another's dtype codes
         found.problems.append(str(error))
         return found
     found.facts = {
@@ -86,6 +91,11 @@ def _dataset(place: Path) -> Finding:
     if len(dataset):
         lengths = dataset.lengths
         found.facts["lengths"] = f"{lengths.min():,} to {lengths.max():,}, {lengths.mean():.1f} on average"
+    if verify:
+        checked = check_tokens(dataset)
+        found.facts["token numbers"] = f"{checked.smallest:,} to {checked.largest:,}"
+        found.facts["empty"] = counted(checked.empty, "sequence", "sequences")
+        found.problems += checked.problems
     return found
 
 
@@ -137,7 +147,8 @@ def _analysis(place: Path) -> Finding:
     found = Finding("analysis")
     try:
         analysis = Analysis.load(place)
-        found.facts = {"samples": f"{analysis.num_samples:,}", "tokens": f"{analysis.num_tokens:,}"}
+        tokens = "not known" if analysis.num_tokens is None else f"{analysis.num_tokens:,}"
+        found.facts = {"samples": f"{analysis.num_samples:,}", "tokens": tokens}
         for metric in analysis.metrics:
             values, order = analysis.values(metric), analysis.order(metric)
             if len(order):

@@ -36,7 +36,7 @@ def check(dataset: Any, corpus: list[list[int]], directory: Path, **options: Any
 
 
 @given(corpora, st.integers(1, 40))
-@settings(max_examples=25)  # each example syncs twenty files
+@settings(max_examples=12)  # each example syncs thirty files
 def test_values_by_definition(
     tmp_path_factory: pytest.TempPathFactory, corpus: list[list[int]], batch_tokens: int
 ) -> None:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock._core.files import CorruptFileError
-from penstock.data_pipeline.datasets.indexed import DTYPE_CODES, HEADER, IndexedDataset, bin_path, idx_path
+from penstock.data_pipeline.datasets.indexed import HEADER, IndexedDataset, bin_path, idx_path
 from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
+from penstock.data_pipeline.datasets.indexed_dtypes import CODES, DtypeCodes
 
 # Three sequences [1, 2, 3], [], [4, 5] of uint16 in two documents, written out by hand from the format's description.
 GOLDEN_BIN = struct.pack("<5H", 1, 2, 3, 4, 5)
@@ -112,11 +113,13 @@ def test_empty_dataset(tmp_path: Path) -> None:
 documents = st.lists(st.lists(st.lists(st.integers(0, 127), max_size=9), min_size=1, max_size=4), max_size=6)
 
 
-@given(documents, st.sampled_from(sorted(DTYPE_CODES)))
-def test_what_is_built_is_read_back(tmp_path_factory: pytest.TempPathFactory, docs: list[list[list[int]]], code: int):
+@given(documents, st.sampled_from(sorted(CODES)), st.integers(1, 8))
+def test_what_is_built_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, docs: list[list[list[int]]], codes: DtypeCodes, code: int
+) -> None:
     prefix = tmp_path_factory.mktemp("round") / "d"
-    dtype = DTYPE_CODES[code]
-    with IndexedDatasetBuilder(prefix, dtype) as builder:
+    dtype = CODES[codes][code]
+    with IndexedDatasetBuilder(prefix, dtype, dtype_codes=codes) as builder:
         for number, doc in enumerate(docs):
             if number % 3 == 0:
                 builder.add_items(doc)
@@ -127,16 +130,17 @@ def test_what_is_built_is_read_back(tmp_path_factory: pytest.TempPathFactory, do
                 for seq in doc:
                     builder.add_item(seq)
                 builder.end_document()
-    dataset = IndexedDataset(prefix)
+    assert idx_path(prefix).read_bytes()[17] == code
+    dataset = IndexedDataset(prefix, dtype_codes=codes)
     flat = [seq for doc in docs for seq in doc]
     assert dataset.dtype == dtype
     assert [seq.tolist() for seq in dataset] == flat
     assert dataset.document_indices.tolist() == np.cumsum([0] + [len(doc) for doc in docs]).tolist()
 
-    with IndexedDatasetBuilder(prefix.with_name("twice"), dtype) as builder:
-        builder.add_index(prefix)
+    with IndexedDatasetBuilder(prefix.with_name("twice"), dtype, dtype_codes=codes) as builder:
+        builder.add_index(dataset)
         builder.add_items(flat, documents=True)
-    twice = IndexedDataset(prefix.with_name("twice"))
+    twice = IndexedDataset(prefix.with_name("twice"), dtype_codes=codes)
     assert [seq.tolist() for seq in twice] == flat + flat
     starts = np.cumsum([0] + [len(doc) for doc in docs]).tolist()
     assert twice.document_indices.tolist() == starts + [len(flat) + i + 1 for i in range(len(flat))]
@@ -246,3 +250,31 @@ def test_reads_outside_are_refused(golden: Path) -> None:
         dataset.get(0, -1)
     with pytest.raises(IndexError, match="sequences 1 to 4"):
         dataset.read_range(1, 4)
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("uint16", 6), ("uint32", 7), ("uint64", 8)])
+def test_a_file_by_deepspeed_is_read_when_told(tmp_path: Path, dtype: str, code: int) -> None:
+    prefix = write_pair(
+        tmp_path / "d",
+        GOLDEN_IDX[:17]
+        + struct.pack("<BQQ", code, 3, 3)
+        + struct.pack("<3i", 3, 0, 2)
+        + struct.pack("<3q", *(np.array([0, 3, 3]) * np.dtype(dtype).itemsize))
+        + struct.pack("<3q", 0, 2, 3),
+        np.arange(1, 6, dtype=dtype).tobytes(),
+    )
+    with pytest.raises(ValueError, match=rf"dtype_codes='deepspeed' \({dtype}\)"):
+        IndexedDataset(prefix)
+    dataset = IndexedDataset(prefix, dtype_codes="deepspeed")
+    assert [row.tolist() for row in dataset] == [[1, 2, 3], [], [4, 5]]
+    assert pickle.loads(pickle.dumps(dataset)).dtype == dtype
+
+
+def test_floats_are_no_small_numbers(tmp_path: Path) -> None:
+    with IndexedDatasetBuilder(tmp_path / "f", np.float32) as builder:
+        builder.add_item([0.0, 1e-20, 3.5])
+    assert IndexedDataset(tmp_path / "f")[0].tolist() == pytest.approx([0.0, 1e-20, 3.5])
+    with pytest.raises(ValueError, match=r"cannot hold uint64; it holds .*; dtype_codes='deepspeed' would hold it"):
+        IndexedDatasetBuilder(tmp_path / "g", np.uint64)
+    with pytest.raises(ValueError, match="did you mean 'megatron'"):
+        IndexedDataset(tmp_path / "f", dtype_codes="megatorn")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from penstock.data_pipeline.data_sampling.analyzer import DataAnalyzer
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
 from penstock.data_pipeline.data_sampling.consumed import Consumed
 from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler
+from penstock.data_pipeline.data_sampling.deepspeed_files import read_deepspeed, write_deepspeed
 from penstock.data_pipeline.data_sampling.sampler import DataSampler
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
@@ -18,4 +19,6 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "SamplingConfig",
+    "read_deepspeed",
+    "write_deepspeed",
 ]

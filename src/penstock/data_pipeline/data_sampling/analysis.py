@@ -1,7 +1,7 @@
 """What an analyzer leaves on disk: for each metric its values, and the samples sorted by them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -38,7 +38,7 @@ class Analysis:
         directory: Where it lies.
         metrics: Names of the metrics.
         num_samples: How many samples were analyzed.
-        num_tokens: How many tokens they have.
+        num_tokens: How many tokens they have; None where that is not known.
         fingerprint: Of the dataset that was analyzed; None where that is not known.
         own_tokens: Whether the analyzer was told by a ``tokens_of`` where a sample's tokens are.
     """
@@ -48,7 +48,7 @@ class Analysis:
         directory: Path,
         metrics: tuple[str, ...],
         num_samples: int,
-        num_tokens: int,
+        num_tokens: int | None,
         fingerprint: str | None = None,
         own_tokens: bool = False,
     ) -> None:
@@ -79,7 +79,7 @@ class Analysis:
             or not isinstance(metrics, list)
             or not all(isinstance(name, str) for name in metrics)
             or not isinstance(samples, int)
-            or not isinstance(tokens, int)
+            or not isinstance(tokens, int | None)
             or not isinstance(mark, str | None)
         ):
             raise CorruptFileError(f"{directory}: its manifest is not that of an analysis")
@@ -155,7 +155,7 @@ def seal_analysis(
     metrics: Sequence[str],
     num_samples: int,
     *,
-    fingerprint: str,
+    fingerprint: str | None,
     own_tokens: bool = False,
     counts: npt.NDArray[np.int64] | None = None,
 ) -> Analysis:
@@ -168,7 +168,7 @@ def seal_analysis(
         store: All values.
         metrics: Names of the metrics, in order.
         num_samples: How many samples there are.
-        fingerprint: Of the dataset.
+        fingerprint: Of the dataset, if known.
         own_tokens: Whether a ``tokens_of`` said where a sample's tokens are.
         counts: How often each token number occurs, where it was counted.
     """
@@ -192,6 +192,35 @@ def seal_analysis(
     write_manifest(target, files, fingerprint=fingerprint, own_tokens=own_tokens, **facts)
     store.remove()
     return Analysis(target, tuple(metrics), num_samples, store.tokens, fingerprint, own_tokens)
+
+
+def store_analysis(
+    directory: str | os.PathLike[str], values: Mapping[str, npt.ArrayLike], *, num_tokens: int | None = None
+) -> Analysis:
+    """Store numbers that were found elsewhere as an analysis.
+
+    Args:
+        directory: Where it goes.
+        values: For each metric a number per sample; at least one metric.
+        num_tokens: Tokens of all samples, if known.
+
+    Raises:
+        ValueError: There is no metric, or they are not all of one length, finite, and of one dimension.
+    """
+    columns = {name: np.asarray(found) for name, found in values.items()}
+    shapes = {found.shape for found in columns.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        raise ValueError(f"an analysis needs one number per sample for each metric, got the shapes {sorted(shapes)}")
+    for name, found in columns.items():
+        if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
+            raise ValueError(f"metric {name!r}: expected finite numbers, got {found.dtype}")
+        columns[name] = found.astype(np.float64 if found.dtype.kind == "f" else np.int64)
+    count = len(next(iter(columns.values())))
+    dtypes = {name: found.dtype for name, found in columns.items()}
+    store = Unfinished(Path(directory), "", [0, count], dtypes, 1, resume=False)
+    store.store(0, 0, columns)
+    store.tokens = num_tokens
+    return seal_analysis(directory, store, tuple(columns), count, fingerprint=None)
 
 
 def _write_table(path: Path, values: dict[str, npt.NDArray[Any]], num_samples: int) -> None:

@@ -199,7 +199,7 @@ class DataAnalyzer:
         bounds = store.bounds
         for shard, (tokens, counts, *values) in map_ranges(work, bounds, store.missing(number), self._engine):
             if number == 0:
-                store.tokens += int(tokens[0])
+                store.tokens = (store.tokens or 0) + int(tokens[0])
                 store.counts = _sum(store.counts, counts)
             store.store(number, shard, dict(zip(work.functions, values, strict=True)))
             done += bounds[shard + 1] - bounds[shard]

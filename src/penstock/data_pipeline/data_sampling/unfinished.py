@@ -35,7 +35,7 @@ class Unfinished:
     Attributes:
         directory: Where the files lie.
         bounds: Where the shards begin, and the end of the last.
-        tokens: How many tokens the stored shards of the first pass have.
+        tokens: How many tokens the stored shards of the first pass have; None where that is not known.
         counts: How often each token number occurs in them, int64; empty where nothing is counted.
     """
 
@@ -46,7 +46,7 @@ class Unfinished:
         self.bounds = bounds
         self._key, self._dtypes = key, dtypes
         self._done = np.zeros((passes, len(bounds) - 1), dtype=bool)
-        self.tokens = 0
+        self.tokens: int | None = 0
         self.counts: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._values: dict[str, npt.NDArray[Any]] = {}
         if not (resume and self._take_up()):

@@ -5,6 +5,7 @@ from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
 from penstock.data_pipeline.datasets.open import open_dataset
 from penstock.data_pipeline.datasets.python_corpus import SourceFile, read_sources, standard_library_files
+from penstock.data_pipeline.datasets.rearrange import merge_indexed, split_indexed
 from penstock.data_pipeline.datasets.text import read_texts, text_files
 from penstock.data_pipeline.datasets.windows import TokenWindows
 
@@ -15,9 +16,11 @@ __all__ = [
     "SourceFile",
     "TokenCollator",
     "TokenWindows",
+    "merge_indexed",
     "open_dataset",
     "read_sources",
     "read_texts",
+    "split_indexed",
     "standard_library_files",
     "text_files",
 ]

@@ -5,7 +5,7 @@ throughout::
 
     bytes 0-8    magic b"MMIDIDX\\x00\\x00"
     u64          version, 1
-    u8           dtype code of the tokens (see DTYPE_CODES)
+    u8           dtype code of the tokens (see indexed_dtypes)
     u64          number of sequences, S
     u64          number of document boundaries, D
     S x int32    length of each sequence, in tokens
@@ -27,38 +27,13 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock._core.files import CorruptFileError
+from penstock.data_pipeline.datasets.indexed_dtypes import CODES, DtypeCodes, check_dtype_codes, doubts
 
 MAGIC: Final = b"MMIDIDX\x00\x00"
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<9sQBQQ")
 
-DTYPE_CODES: Final[dict[int, np.dtype[Any]]] = {
-    1: np.dtype("<u1"),
-    2: np.dtype("<i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    6: np.dtype("<f8"),
-    7: np.dtype("<f4"),
-    8: np.dtype("<u2"),
-}
-"""The format's dtype codes and what they stand for."""
-
 _CHECK_CHUNK: Final = 1 << 20
-
-
-def dtype_code(dtype: npt.DTypeLike) -> int:
-    """The format's code of a dtype.
-
-    Raises:
-        ValueError: The format has no code for it.
-    """
-    wanted = np.dtype(dtype).newbyteorder("<")
-    for code, known in DTYPE_CODES.items():
-        if known == wanted:
-            return code
-    names = ", ".join(known.name for known in DTYPE_CODES.values())
-    raise ValueError(f"an indexed dataset cannot hold {np.dtype(dtype).name}; it holds {names}")
 
 
 def bin_path(path_prefix: str | os.PathLike[str]) -> Path:
@@ -88,12 +63,23 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
         mmap: Map the files into memory (the default), or read them whole.
         check_entries: Check every entry of the index on opening, one pass over the ``.idx`` file. Without it only the
             header and the sizes are checked on opening, and each sequence when it is read.
+        dtype_codes: Who wrote the file: ``megatron`` or ``deepspeed``, whose codes 6 to 8 stand for other dtypes. None
+            reads Megatron's, and refuses a file that may be DeepSpeed's.
 
     Raises:
         CorruptFileError: A file is missing, cut short or inconsistent; the message names the file and the numbers.
+        ValueError: It is in doubt who wrote the file.
     """
 
-    def __init__(self, path_prefix: str | os.PathLike[str], *, mmap: bool = True, check_entries: bool = True) -> None:
+    def __init__(
+        self,
+        path_prefix: str | os.PathLike[str],
+        *,
+        mmap: bool = True,
+        check_entries: bool = True,
+        dtype_codes: DtypeCodes | None = None,
+    ) -> None:
+        check_dtype_codes(dtype_codes)
         self.path_prefix = _stem(path_prefix)
         self._mmap = mmap
         self._idx_path, self._bin_path = idx_path(path_prefix), bin_path(path_prefix)
@@ -101,7 +87,7 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
             if not path.is_file():
                 raise CorruptFileError(f"{path}: the file is missing; an indexed dataset is a .bin and an .idx file")
         index = _bytes_of(self._idx_path, mmap=mmap)
-        self.dtype, sequences, documents, has_modes = self._read_header(index)
+        code, sequences, documents, has_modes = self._read_header(index)
         data = _bytes_of(self._bin_path, mmap=mmap)
         self._bin_bytes = data.size
         self._data = data
@@ -112,12 +98,17 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
         self._pointers = np.frombuffer(index, "<i8", sequences, at + 4 * sequences)
         self._document_indices = np.frombuffer(index, "<i8", documents, at + 12 * sequences)
         self._modes = np.frombuffer(index, "<i1", sequences, at + 12 * sequences + 8 * documents) if has_modes else None
+        doubt = doubts(code, self._lengths, self._pointers, data) if dtype_codes is None else None
+        if doubt is not None:
+            raise ValueError(f"{self._idx_path}: {doubt}")
+        self._dtype_codes: DtypeCodes = dtype_codes or "megatron"
+        self.dtype = CODES[self._dtype_codes][code]
         self._contiguous: bool | None = None
         if check_entries:
             self._contiguous = self._check_sequences()
             self._check_documents()
 
-    def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int, bool]:
+    def _read_header(self, index: npt.NDArray[np.uint8]) -> tuple[int, int, int, bool]:
         path = self._idx_path
         if index.size < HEADER.size:
             raise CorruptFileError(f"{path}: {index.size} bytes, but the header alone has {HEADER.size}")
@@ -126,8 +117,8 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
             raise CorruptFileError(f"{path}: not an indexed dataset (starts with {magic!r}, expected {MAGIC!r})")
         if version != VERSION:
             raise CorruptFileError(f"{path}: format version {version}, but only version {VERSION} is known")
-        if code not in DTYPE_CODES:
-            known = ", ".join(f"{key} ({value.name})" for key, value in DTYPE_CODES.items())
+        if code not in CODES["megatron"]:
+            known = ", ".join(f"{key} ({value.name})" for key, value in CODES["megatron"].items())
             raise CorruptFileError(f"{path}: unknown dtype code {code}; known: {known}")
         plain = HEADER.size + 12 * sequences + 8 * documents
         if index.size not in (plain, plain + sequences):
@@ -137,7 +128,7 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
             )
         if documents < 1:
             raise CorruptFileError(f"{path}: no document boundaries; there must be at least the first, 0")
-        return DTYPE_CODES[code], sequences, documents, sequences > 0 and index.size != plain
+        return code, sequences, documents, sequences > 0 and index.size != plain
 
     def _check_sequences(self) -> bool:
         """Check that each sequence lies inside the ``.bin`` file; returns whether they lie one after another."""
@@ -182,7 +173,7 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A checked index is not checked again by every worker and every task that is given a copy.
-        return _reopen, (self.path_prefix, self._mmap, self._contiguous)
+        return _reopen, (self.path_prefix, self._mmap, self._contiguous, self._dtype_codes)
 
     def __repr__(self) -> str:
         return f"IndexedDataset({self.path_prefix!r}, {len(self)} sequences, {self.dtype.name})"
@@ -283,8 +274,8 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
         return np.concatenate([self.get(i) for i in range(start, stop)]), offsets
 
 
-def _reopen(path_prefix: str, mmap: bool, contiguous: bool | None) -> IndexedDataset:
-    dataset = IndexedDataset(path_prefix, mmap=mmap, check_entries=False)
+def _reopen(path_prefix: str, mmap: bool, contiguous: bool | None, dtype_codes: DtypeCodes) -> IndexedDataset:
+    dataset = IndexedDataset(path_prefix, mmap=mmap, check_entries=False, dtype_codes=dtype_codes)
     dataset._contiguous = contiguous
     return dataset
 

@@ -17,9 +17,9 @@ from penstock.data_pipeline.datasets.indexed import (
     VERSION,
     IndexedDataset,
     bin_path,
-    dtype_code,
     idx_path,
 )
+from penstock.data_pipeline.datasets.indexed_dtypes import DtypeCodes, dtype_code
 
 _MAX_LENGTH: Final = (1 << 31) - 1
 _COPY_BYTES: Final = 1 << 24
@@ -42,12 +42,18 @@ class IndexedDatasetBuilder:
         path_prefix: The common part of the two files' paths; either file's own path will do.
         dtype: How tokens are stored: one of the format's dtypes. Tokens that do not fit are refused.
         multimodal: Write a mode (int8) for each sequence as well.
+        dtype_codes: Who is to read the file: ``megatron`` (and everyone else), or ``deepspeed``.
     """
 
     def __init__(
-        self, path_prefix: str | os.PathLike[str], dtype: npt.DTypeLike = np.int32, *, multimodal: bool = False
+        self,
+        path_prefix: str | os.PathLike[str],
+        dtype: npt.DTypeLike = np.int32,
+        *,
+        multimodal: bool = False,
+        dtype_codes: DtypeCodes = "megatron",
     ) -> None:
-        self._code = dtype_code(dtype)
+        self._code = dtype_code(dtype, dtype_codes)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._bin_path, self._idx_path = bin_path(path_prefix), idx_path(path_prefix)
         self._multimodal = multimodal
@@ -117,13 +123,17 @@ class IndexedDatasetBuilder:
         self._open_file()
         self._boundaries.append(len(self))
 
-    def add_index(self, path_prefix: str | os.PathLike[str]) -> None:
+    def add_index(self, source: str | os.PathLike[str] | IndexedDataset) -> None:
         """Append another indexed dataset of the same dtype, with its documents.
+
+        Args:
+            source: The dataset, or its path prefix.
 
         Raises:
             ValueError: The other dataset has another dtype, or one has modes and the other has not.
         """
-        other = IndexedDataset(path_prefix)
+        other = source if isinstance(source, IndexedDataset) else IndexedDataset(source)
+        path_prefix = other.path_prefix
         if other.dtype != self.dtype:
             raise ValueError(
                 f"{path_prefix} holds {other.dtype.name}, this dataset {self.dtype.name}; "
@@ -134,21 +144,26 @@ class IndexedDatasetBuilder:
                 f"{path_prefix} {'has' if other.modes is not None else 'has no'} modes; "
                 f"build this dataset with multimodal={other.modes is not None}"
             )
+        self.add_documents(other, 0, other.num_documents)
+
+    def add_documents(self, other: IndexedDataset, start: int, stop: int) -> None:
+        """Append documents ``start`` to ``stop`` of another dataset of the same dtype and kind."""
         file = self._open_file()
         self._end_open_document()
-        first = len(self)
+        boundaries = other.document_indices[start : stop + 1].astype(np.int64)
+        low, high, first = int(boundaries[0]), int(boundaries[-1]), len(self)
         if other.is_contiguous:
+            tokens, _ = other.read_range(low, high)
             step = _COPY_BYTES // self.dtype.itemsize
-            tokens = other.tokens[: int(other.lengths.sum(dtype=np.int64))]
-            for start in range(0, len(tokens), step):
-                file.write(tokens[start : start + step].tobytes())
+            for at in range(0, len(tokens), step):
+                file.write(tokens[at : at + step].tobytes())
         else:
-            for sequence in other:
-                file.write(sequence.tobytes())
-        self._lengths.frombytes(other.lengths.astype(np.int32).tobytes())
+            for number in range(low, high):
+                file.write(other.get(number).tobytes())
+        self._lengths.frombytes(other.lengths[low:high].astype(np.int32).tobytes())
         if other.modes is not None:
-            self._modes.frombytes(other.modes.tobytes())
-        self._boundaries.frombytes((other.document_indices[1:].astype(np.int64) + first).tobytes())
+            self._modes.frombytes(other.modes[low:high].tobytes())
+        self._boundaries.frombytes((boundaries[1:] - low + first).tobytes())
 
     def finalize(self) -> None:
         """Write the index and give both files their names; sequences after the last ``end_document`` are ended.
