@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.pipe.schedule import (
     COMPUTE_OPS,
+    SCHEDULES,
     Action,
     Schedule,
     ScheduleError,
@@ -48,7 +49,7 @@ def test_messages_needed_out_of_order_are_received_in_the_senders_order() -> Non
 
 
 schedules = st.one_of(
-    st.builds(get_schedule, st.sampled_from(["gpipe", "1f1b", "forward_only"]), st.integers(1, 16), st.integers(1, 64)),
+    st.builds(get_schedule, st.sampled_from(list(SCHEDULES)), st.integers(1, 16), st.integers(1, 64)),
     st.builds(v_shaped, st.integers(1, 8), st.integers(1, 12), st.randoms(use_true_random=False)),
 )
 

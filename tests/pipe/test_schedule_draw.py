@@ -41,7 +41,12 @@ def test_a_wide_table_is_broken_into_bands() -> None:
     )
 
 
-@given(st.sampled_from(["gpipe", "1f1b", "forward_only"]), st.integers(1, 12), st.integers(1, 40), st.integers(20, 200))
+@given(
+    st.sampled_from(["gpipe", "1f1b", "zb_h1", "seq1f1b", "forward_only"]),
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(20, 200),
+)
 def test_every_action_is_drawn_once_and_in_order_within_the_columns(name: str, p: int, m: int, columns: int) -> None:
     schedule = get_schedule(name, p, m)
     text = draw(schedule, columns=columns)

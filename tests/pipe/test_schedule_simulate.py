@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.pipe.schedule import Action, Costs, Schedule, ScheduleError, get_schedule, simulate
+from penstock.pipe.schedule import SCHEDULES, Action, Costs, Schedule, ScheduleError, get_schedule, simulate
 from support.pipe_schedules import v_shaped
 
 runnable = st.one_of(
-    st.builds(get_schedule, st.sampled_from(["gpipe", "1f1b", "forward_only"]), st.integers(1, 5), st.integers(1, 8)),
+    st.builds(get_schedule, st.sampled_from(list(SCHEDULES)), st.integers(1, 5), st.integers(1, 8)),
     st.builds(v_shaped, st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False)),
 )
 
@@ -61,6 +61,13 @@ def test_default_costs_split_a_backward_in_two_forwards() -> None:
 def test_transfer_is_paid_between_ranks_only() -> None:
     vee = Schedule.from_text("0F0,3F0\n1F0,2F0\n")
     assert simulate(vee, Costs(transfer=10.0)).makespan == 4 + 2 * 10
+
+
+def test_transfers_may_differ_between_pairs_of_stages() -> None:
+    schedule = get_schedule("forward_only", 3, 1)
+    assert simulate(schedule, Costs(transfer=[2.0, 5.0])).makespan == 3 + 7
+    with pytest.raises(ScheduleError, match="given for 3 pairs of neighbouring stages, the schedule has 2"):
+        simulate(schedule, Costs(transfer=[1.0, 1.0, 1.0]))
 
 
 def test_longest_span_leaves_out_the_ramps_of_a_forward_only_run() -> None:

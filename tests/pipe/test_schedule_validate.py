@@ -10,18 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.pipe.schedule import (
+    SCHEDULES,
     Action,
     Schedule,
     ScheduleError,
     channel_of,
     get_schedule,
+    needed_capacity,
     place_communication,
     validate,
 )
 from support.pipe_schedules import shuffled, v_shaped
 
 runnable = st.one_of(
-    st.builds(get_schedule, st.sampled_from(["gpipe", "1f1b", "forward_only"]), st.integers(1, 6), st.integers(1, 8)),
+    st.builds(get_schedule, st.sampled_from(list(SCHEDULES)), st.integers(1, 6), st.integers(1, 8)),
     st.builds(v_shaped, st.integers(1, 5), st.integers(1, 9), st.randoms(use_true_random=False)),
 )
 
@@ -43,6 +45,10 @@ def _can_run(schedule: Schedule, capacity: int) -> bool:
             else:
                 if op != "F":
                     graph[step].add(Action(stage, "F", i))
+                if schedule.slices > 1 and op == "F" and i % schedule.slices:
+                    graph[step].add(Action(stage, "F", i - 1))
+                if schedule.slices > 1 and op == "B" and (i + 1) % schedule.slices:
+                    graph[step].add(Action(stage, "B", i + 1))
                 origin = stage - 1 if op == "F" else stage + 1
                 if not 0 <= origin < schedule.num_stages:
                     continue
@@ -76,8 +82,52 @@ def test_runs_exactly_where_the_graph_has_no_cycle(
 
 @given(runnable)
 def test_what_has_run_once_is_valid_with_room_enough(schedule: Schedule) -> None:
-    facts = validate(schedule, capacity=schedule.num_stages * schedule.micro_batches)
+    capacity = schedule.num_stages * schedule.units
+    facts = validate(schedule, capacity=capacity)
     assert facts.peak_activations == schedule.peak_activations()
+    # Played step by step, it is the same.
+    assert validate(schedule, capacity=capacity, steps=place_communication(schedule)) == facts
+
+
+@given(runnable)
+def test_needed_capacity_is_the_least_that_will_do(schedule: Schedule) -> None:
+    needed = needed_capacity(schedule)
+    validate(schedule, capacity=needed)
+    if needed > 1:
+        with pytest.raises(ScheduleError, match=f"deadlocks with channels of {needed - 1}"):
+            validate(schedule, capacity=needed - 1)
+
+
+def test_needed_capacity_of_what_cannot_run() -> None:
+    with pytest.raises(ScheduleError, match="deadlocks"):
+        needed_capacity(Schedule.from_text("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0F1,0F0,0B1,0B0", "action 0F1: it comes before the earlier slice 0F0"),
+        ("0F0,0F1,0B0,0B1", "action 0B0: it comes before the backward of the later slice 1"),
+        ("0F0,0F1,0I1,0W1,0W0,0I0", "action 0W0: it comes before 0I0"),
+    ],
+)
+def test_slices_go_forward_in_order_and_backward_in_reverse(text: str, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        validate(Schedule.from_text(text, slices=2))
+
+
+def test_slices_must_divide_the_units() -> None:
+    with pytest.raises(ScheduleError, match="its 3 units are no multiple of 2 slices"):
+        Schedule.from_text("0F0,0F1,0F2", slices=2)
+
+
+def test_a_number_far_out_is_found_missing_without_memory_for_it() -> None:
+    with pytest.raises(ScheduleError, match="action 0F1: it is missing"):
+        validate(Schedule.from_text("0F0,0F2147483646,0B0"))
+    with pytest.raises(ScheduleError, match="beyond 2"):
+        Schedule.from_text("0F2147483648")
+    with pytest.raises(ScheduleError, match="no rank has an action of stage 1"):
+        Schedule.from_text("0F0,2147483647F0")
 
 
 def test_room_decides_over_a_deadlock() -> None:

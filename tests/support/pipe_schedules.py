@@ -55,4 +55,5 @@ def shuffled(schedule: Schedule, swaps: int, rng: random.Random) -> Schedule:
         tuple(map(tuple, ranks)),
         schedule.placement,
         schedule.forward_only,
+        schedule.slices,
     )

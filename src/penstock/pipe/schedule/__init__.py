@@ -2,7 +2,7 @@
 
 from penstock.pipe.schedule.action import COMMUNICATION_OPS, COMPUTE_OPS, Action
 from penstock.pipe.schedule.actions import Actions
-from penstock.pipe.schedule.communicate import Channel, channel_of, place_communication
+from penstock.pipe.schedule.communicate import Channel, channel_of, place_communication, text_with_communication
 from penstock.pipe.schedule.costs import Costs
 from penstock.pipe.schedule.draw import draw
 from penstock.pipe.schedule.dualpipe_v import dualpipe_v
@@ -54,6 +54,7 @@ __all__ = [
     "place_communication",
     "seq1f1b",
     "simulate",
+    "text_with_communication",
     "v_half",
     "v_min",
     "v_shape",

@@ -61,6 +61,11 @@ def place_communication(schedule: Schedule) -> tuple[tuple[Action, ...], ...]:
     return tuple(tuple(_with_communication(actions, channels, sent)) for actions in schedule.ranks)
 
 
+def text_with_communication(schedule: Schedule) -> str:
+    """One line per rank, compute, sends and receives separated by commas: PyTorch's ``compute_comms`` form."""
+    return "".join(",".join(map(str, steps)) + "\n" for steps in place_communication(schedule))
+
+
 def channel_of(action: Action, placement: Sequence[int]) -> Channel:
     """The channel that a send or receive uses.
 

@@ -44,7 +44,7 @@ def check_complete(schedule: Schedule) -> None:
         ScheduleError: The first fault found.
     """
     units, num_stages = schedule.units, schedule.num_stages
-    done = bytearray(num_stages * units)
+    done: dict[int, int] = {}
     for rank, actions in enumerate(schedule.ranks):
         for action in actions:
             stage, op, micro_batch = action
@@ -60,11 +60,12 @@ def check_complete(schedule: Schedule) -> None:
             if schedule.forward_only and op != FORWARD:
                 raise _fault(schedule, rank, action, "a forward-only schedule runs nothing backward")
             at = stage * units + micro_batch
-            if done[at] & _DONE[op]:
+            if done.get(at, 0) & _DONE[op]:
                 raise _fault(schedule, rank, action, "it is done twice, or in halves and whole")
-            done[at] |= _DONE[op]
+            done[at] = done.get(at, 0) | _DONE[op]
     wanted = _OUTPUT if schedule.forward_only else _OUTPUT | _INPUT_GRADIENT | _WEIGHT_GRADIENT
-    for at, bits in enumerate(done):
+    for at in range(num_stages * units):
+        bits = done.get(at, 0)
         if bits != wanted:
             stage, micro_batch = divmod(at, units)
             lacking = wanted & ~bits

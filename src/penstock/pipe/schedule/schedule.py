@@ -1,7 +1,7 @@
 """A pipeline schedule as data."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +11,8 @@ from penstock.pipe.schedule.action import COMPUTE_OPS, Action
 from penstock.pipe.schedule.actions import F_CODE, Actions
 
 _NO_COMPUTE: Final = re.compile(r"\s*([0-9]+(UNSHARD|RESHARD|REDUCE_GRAD))?\s*")
+
+_OVERLAPPED: Final = re.compile(r"\s*\(([^()]*)\)OVERLAP_F_B\s*")
 
 
 class ScheduleError(ValueError):
@@ -99,16 +101,15 @@ class Schedule:
         The form does not say whether actions are slices of micro-batches; ``slices`` does.
 
         Empty cells, with which PyTorch marks idle time, are skipped, and so are its cells that say when to gather or
-        reduce parameters (``0UNSHARD``, ``0RESHARD``, ``0REDUCE_GRAD``): here that is the engine's affair.
+        reduce parameters (``0UNSHARD``, ``0RESHARD``, ``0REDUCE_GRAD``): here that is the engine's affair. A pair to be
+        overlapped, ``(2F0;1B3)OVERLAP_F_B``, is read as the two actions one after the other.
 
         Raises:
             ScheduleError: No actions, a communication action, or a stage that appears on two ranks or on none.
             ValueError: A cell that is no action.
         """
         lines = text.strip().splitlines()
-        ranks = tuple(
-            tuple(Action.parse(cell) for cell in line.split(",") if not _NO_COMPUTE.fullmatch(cell)) for line in lines
-        )
+        ranks = tuple(tuple(Action.parse(cell) for cell in _cells(line)) for line in lines)
         return cls.from_ranks(ranks, name, slices=slices)
 
     @classmethod
@@ -134,6 +135,15 @@ class Schedule:
             raise ScheduleError(f"schedule {name!r}: its {units} units are no multiple of {slices} slices")
         forward_only = not any(np.any(actions.ops != F_CODE) for actions in lists)
         return cls(name, num_stages, units // max(1, slices), lists, placement, forward_only, slices)
+
+
+def _cells(line: str) -> Iterator[str]:
+    for cell in line.split(","):
+        pair = _OVERLAPPED.fullmatch(cell)
+        if pair:
+            yield from pair[1].split(";")
+        elif not _NO_COMPUTE.fullmatch(cell):
+            yield cell
 
 
 def _as_arrays(name: str, rank: int, actions: Sequence[Action]) -> Actions:

@@ -92,6 +92,8 @@ def _is_complete(schedule: Schedule) -> bool:
     units, stages = schedule.units, schedule.num_stages
     placement = np.array(schedule.placement)
     cells = units * stages
+    if schedule.num_actions < cells:
+        return False  # Before anything is allocated for what is not there.
     forward, inputs, weights = (np.zeros(cells, dtype=np.bool_) for _ in range(3))
     counted = [0, 0, 0]
     for rank, actions in enumerate(schedule.ranks):

@@ -1,0 +1,1 @@
+"""Pipeline claims, one script each."""
