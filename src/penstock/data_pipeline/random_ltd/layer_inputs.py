@@ -99,7 +99,10 @@ class KeptTokens:
         if isinstance(cache, Tensor) and cache.shape == (self.length,):
             return  # cache_position: where the tokens would go
         length = getattr(cache, "get_seq_length", None)
-        held = length() if callable(length) else len(cache) if isinstance(cache, tuple | list | dict) else None
+        if callable(length):  # the layers before this one have filled their own part in this very pass
+            held = length() if self.rule.cache_slot is None else length(self.rule.cache_slot)
+        else:
+            held = len(cache) if isinstance(cache, tuple | list | dict) else None
         if held is None or held > 0:
             raise ValueError(
                 f"the argument {path!r} is a {type(cache).__name__} "

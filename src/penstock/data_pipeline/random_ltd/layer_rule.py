@@ -15,7 +15,7 @@ kind           what becomes of the argument, of B rows and S tokens, of which K 
 ``padding``    ``B S``
 ``cross``      mask of a cross-attention: gathered in the queries only, ``B _ S _`` or ``B S _``
 ``offsets``    cumulative lengths of the documents packed in one row, ``[documents + 1]``: counted among the kept tokens
-``cache``      keys and values of earlier calls: withheld while empty, refused otherwise
+``cache``      keys and values of earlier calls: withheld while the layer's part is empty, refused otherwise
 ``pass``       handed on as it is
 ``by shape``   what is not in the table: numbers, texts and tensors without a dimension of S pass; a tensor with one is
                gathered if its shape can be read in one way only, and refused otherwise
@@ -94,11 +94,13 @@ class LayerRule:
         parameters: Names of the layer's positional parameters, the hidden states first.
         declared: Kinds by path, given by the user.
         batch_first: Whether hidden states are ``B S D`` or ``S B D``.
+        cache_slot: The layer's number in a cache of keys and values, where it has one (``layer_idx`` in transformers).
     """
 
     parameters: tuple[str, ...]
     declared: Mapping[str, str] = field(default_factory=dict)
     batch_first: bool = True
+    cache_slot: int | None = None
 
     @classmethod
     def of(
@@ -126,7 +128,9 @@ class LayerRule:
                 _layout(path, kind)
             if closed and path.partition(".")[0] not in named:
                 raise ValueError(unknown_name(f"argument of {type(layer).__name__}", path, named))
-        return cls(positional, dict(declared or {}), batch_first)
+        slots = (getattr(module, "layer_idx", None) for module in layer.modules())
+        slot = next((one for one in slots if isinstance(one, int)), None)
+        return cls(positional, dict(declared or {}), batch_first, slot)
 
     def name_of(self, position: int) -> str:
         """The name of a positional argument; its number where the layer has none for it."""
