@@ -10,7 +10,7 @@ from penstock.data_pipeline.random_ltd.layer_inputs import KeptTokens
 from penstock.data_pipeline.random_ltd.layer_rule import LayerRule
 from penstock.data_pipeline.random_ltd.route import ENTRY, Route, RoutePart, route_of, send
 from penstock.data_pipeline.random_ltd.state_names import hide_inner_name
-from penstock.data_pipeline.random_ltd.token_ops import gather_tokens, scatter_tokens
+from penstock.data_pipeline.random_ltd.token_ops import drop_tokens, restore_tokens
 
 HiddenStateOrder = Literal["batch_seq_dim", "seq_batch_dim"]
 
@@ -103,7 +103,7 @@ class RandomLayerTokenDrop(nn.Module):
         indices = draw_tokens(
             self.layer_id, rows, length, kept, hidden.device, protected_BS=protected, weights_BS=weights
         )
-        passed, kept_hidden = gather_tokens(hidden, indices, self.batch_first)
+        passed, kept_hidden = drop_tokens(hidden, indices, self.batch_first)
         output = self._call_kept(kept_hidden, indices, length, args, kwargs)
         if self.route is None:
             return self._returned(output, passed, indices)
@@ -160,9 +160,12 @@ class RandomLayerTokenDrop(nn.Module):
         rows, kept = indices.shape
         self.computed_tokens, self.passed_tokens = rows * kept, rows * (length - kept)
         tokens = KeptTokens(indices, length, kept_hidden.shape[-1], self.rule)
+        named = kwargs if args else {**kwargs, self._hidden_name(kwargs): kept_hidden}
+        # A cache that cannot be gone on from is told before what is only a consequence of it.
+        caches_first = sorted(kwargs, key=lambda name: self.rule.kind_of(name) != "cache")
         kept_kwargs = {
-            name: kept_hidden if not args and name == self._hidden_name(kwargs) else tokens.inputs(name, item)
-            for name, item in kwargs.items()
+            name: kept_hidden if named[name] is kept_hidden else tokens.inputs(name, named[name])
+            for name in caches_first
         }
         if not args:
             return self.random_ltd_layer(**kept_kwargs)
@@ -184,11 +187,11 @@ class RandomLayerTokenDrop(nn.Module):
     def _returned(self, output: Any, passed: Tensor, indices: Tensor) -> Any:
         """The layer's output with the tokens that passed by back in it."""
         if isinstance(output, Tensor):
-            return scatter_tokens(passed, output, indices, self.batch_first)
+            return restore_tokens(passed, output, indices, self.batch_first)
         if isinstance(output, dict) and isinstance(output.get("hidden"), Tensor):
-            return {**output, "hidden": scatter_tokens(passed, output["hidden"], indices, self.batch_first)}
+            return {**output, "hidden": restore_tokens(passed, output["hidden"], indices, self.batch_first)}
         if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-            items = [scatter_tokens(passed, output[0], indices, self.batch_first), *output[1:]]
+            items = [restore_tokens(passed, output[0], indices, self.batch_first), *output[1:]]
             if isinstance(output, list):
                 return items
             return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
