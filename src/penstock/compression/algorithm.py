@@ -1,6 +1,6 @@
 """What a compressor is: tensor in, payload of plain tensors out, and back.
 
-A payload's size depends on the number of elements alone, never on the values, so both ends of a collective know the
+A payload's size depends on the tensor's shape alone, never on the values, so both ends of a collective know the
 size of every message before it is sent and no lengths travel. A payload travels as one flat byte buffer (a *wire*):
 scales and bits share one collective.
 """
@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -41,20 +41,40 @@ class CompressionAlgorithm(ABC):
     :meth:`decompress`. Compression need not be unbiased: :class:`~penstock.compression.ErrorFeedback` carries what
     was not sent over to the next call.
 
+    A NaN or infinity in the tensor must make some floating field of the payload non-finite: that is how a receiver
+    notices.
+
     Attributes:
         name: The name under which the registry knows the class.
-        linear: True when a sum of payloads is the payload of the sum up to rounding, so that one plain all-reduce
-            in :meth:`wire_dtype` replaces the two-phase exchange.
+        linear: True when payloads made with the same key can be summed: the field ``values`` of the sum is the sum of
+            the fields ``values`` up to rounding. One plain all-reduce then replaces the two-phase exchange.
         lossless: True when decompression gives back every bit; error feedback then has nothing to remember.
+        sparse: True when a payload carries few elements of the tensor; it is exchanged by one all-gather.
+        shaped: True when the payload depends on the tensor's shape, not only on its number of elements: the
+            exchanges then hand over every parameter by itself.
+        random: True when the result depends on a key; see :meth:`keyed`.
+        unbiased: True when, over all keys, decompressed tensors are the tensor on average.
     """
 
     name: ClassVar[str]
     linear: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
+    shaped: ClassVar[bool] = False
+
+    @property
+    def random(self) -> bool:
+        """Whether the result depends on a key."""
+        return False
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether decompressed tensors are, on average over all keys, the tensor itself."""
+        return self.lossless
 
     @abstractmethod
     def payload_layout(self, numel: int) -> Sequence[PayloadField]:
-        """The tensors that :meth:`compress` makes from ``numel`` elements."""
+        """The tensors that :meth:`compress` makes from a flat tensor of ``numel`` elements."""
 
     @abstractmethod
     def compress(self, tensor: Tensor) -> Payload:
@@ -62,31 +82,50 @@ class CompressionAlgorithm(ABC):
 
     @abstractmethod
     def decompress(self, payload: Payload, out: Tensor) -> Tensor:
-        """Fill ``out``, a contiguous floating tensor with the original number of elements, and return it."""
+        """Fill ``out``, a contiguous floating tensor of the original shape, and return it."""
 
-    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a linear algorithm's values for a ``dtype`` tensor are summed by an all-reduce."""
-        raise TypeError(f"{self.name} is not linear: its payloads cannot be summed by an all-reduce of {dtype}")
+    def layout_for(self, shape: Sequence[int]) -> Sequence[PayloadField]:
+        """The tensors that :meth:`compress` makes from a tensor of this shape."""
+        return self.payload_layout(math.prod(shape))
 
-    def compress_residual_(self, tensor: Tensor) -> Payload:
-        """Compress ``tensor`` and leave in it, in place, what the payload does not carry.
+    def contraction(self, shape: Sequence[int] | int) -> float | None:
+        """The largest ``delta`` known for which ``E |x - C(x)|**2 <= (1 - delta) |x|**2`` whatever ``x`` of this shape.
 
-        Elements whose residual is not finite (a NaN or an infinity came in, or the payload's range was exceeded)
-        are set to zero: the receiver sees the NaN or infinity, the caller's error memory never does.
+        ``C(x)`` is what a receiver sees; 1 is lossless. None where no such bound holds.
+        """
+        return 1.0 if self.lossless else None
+
+    def keyed(self, *parts: int | str) -> Self:
+        """This algorithm with its randomness keyed by what it decides (step, bucket, rank); itself if it has none."""
+        return self
+
+    def decompress_add(self, payload: Payload, out: Tensor) -> Tensor:
+        """Add what :meth:`decompress` would give to ``out``, and return it."""
+        return out.add_(self.decompress(payload, torch.empty_like(out)))
+
+    def check_feedback(self) -> None:  # noqa: B027 - most algorithms have nothing to refuse
+        """Raise ``ValueError`` if an error memory would grow without bound under this algorithm with these options."""
+
+    def compress_with_memory(self, tensor: Tensor, memory: Tensor) -> Payload:
+        """Compress ``tensor + memory`` and leave in ``memory`` what the payload does not carry.
+
+        Where nothing finite can be left (a NaN or an infinity came in, or the payload's range was exceeded), the
+        memory stays as it was: the receiver sees the NaN or infinity, the memory never does.
 
         Args:
-            tensor: Contiguous floating tensor; overwritten.
+            tensor: Floating, any shape and strides; only read.
+            memory: Contiguous, float32 or float64, with the same number of elements; updated in place.
         """
-        payload = self.compress(tensor)
-        sent = torch.empty_like(tensor)
-        tensor.sub_(self.decompress(payload, sent))
-        tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        total = memory.view(tensor.shape) + tensor
+        payload = self.compress(total)
+        seen = self.decompress(payload, torch.empty_like(total, memory_format=torch.contiguous_format))
+        flat = (total - seen).reshape(-1)  # not in place: a payload may share the tensor's storage
+        memory.copy_(torch.where(torch.isfinite(flat), flat, memory.view(-1)).view_as(memory))
         return payload
 
     def bytes_for(self, shape: Sequence[int] | int) -> int:
         """Bytes on the wire for one tensor of this shape (padding between fields included)."""
-        numel = shape if isinstance(shape, int) else math.prod(shape)
-        return wire_bytes(tuple(self.payload_layout(numel)))
+        return wire_bytes(tuple(self.layout_for((shape,) if isinstance(shape, int) else shape)))
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that make an equal algorithm; plain values, fit for JSON."""

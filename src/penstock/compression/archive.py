@@ -1,7 +1,6 @@
 """Compressed tensors in a file: safetensors with what is needed to decompress in its metadata."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -147,7 +146,6 @@ def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
 def _restore(
     path: str | Path, parts: Mapping[str, Tensor], index: int, entry: _Entry, algorithm: CompressionAlgorithm
 ) -> Tensor:
-    numel = math.prod(entry.shape)
     if not entry.compressed:
         tensor = parts.get(str(index))
         if tensor is None or list(tensor.shape) != entry.shape:
@@ -157,7 +155,7 @@ def _restore(
         raise CorruptFileError(f"{path}: tensor {entry.name!r} has the unknown dtype {entry.dtype!r}")
     payload: dict[str, Tensor] = {}
     # The parts are checked against the shape before anything of that shape is allocated.
-    for field in algorithm.payload_layout(numel):
+    for field in algorithm.layout_for(entry.shape):
         part = parts.get(f"{index}/{field.name}")
         if part is None or part.dtype != field.dtype or tuple(part.shape) != tuple(field.shape):
             raise CorruptFileError(f"{path}: the {field.name} of tensor {entry.name!r} do not fit shape {entry.shape}")

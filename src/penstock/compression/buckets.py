@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from penstock.compression.chunks import Part
+
 ALIGNMENT_BYTES: Final = 64
 """Every view starts on a cache line: an unaligned matrix can change bits of a product."""
 DEFAULT_BUCKET_BYTES: Final = 25 * 2**20
@@ -36,6 +38,11 @@ class Bucket:
     dtype: torch.dtype
     device: torch.device
     set_index: int
+
+    @property
+    def parts(self) -> list[Part]:
+        """Where the parameters lie, and their shapes."""
+        return [Part(start, tuple(p.shape)) for start, p in zip(self.offsets, self.parameters, strict=True)]
 
     def new_flat(self) -> Tensor:
         """A buffer of zeros, ``[numel]``."""

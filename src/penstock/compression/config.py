@@ -16,7 +16,7 @@ class CompressionConfig(BaseModel):
     Unknown keys, algorithms and options are refused, with the nearest known name.
 
     Attributes:
-        algorithm: A registered name: ``none``, ``fp16``, ``bf16``, ``onebit``, or one of the user's own.
+        algorithm: A registered name, see :func:`~penstock.compression.known_algorithms`.
         options: Keyword arguments of the algorithm.
         error_feedback: Keep what was not sent in a memory and add it to the next tensor.
     """

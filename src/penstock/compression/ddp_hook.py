@@ -11,6 +11,7 @@ order. So many buckets are in flight and every rank issues the same sequence of 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.chunks import Part
 from penstock.compression.error_feedback import memory_dtype
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.group import ranks_of
@@ -78,7 +80,7 @@ class DDPCompression:
         slot = self._slot_for(bucket)
         slot.flat.copy_(buffer)
         reduction = slot.compressed if self.step >= self.warmup_steps else slot.plain
-        reduction.start()
+        reduction.start(self.step)
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self._in_flight.append(_Launched(reduction, slot.flat, buffer, future))
@@ -117,7 +119,7 @@ class DDPCompression:
         numbers = tuple(self._numbers.setdefault(p, len(self._numbers)) for p in bucket.parameters())
         slot = self._slots.get(index)
         if slot is None or slot.numbers != numbers or slot.flat.numel() != buffer.numel():
-            slot = self._slots[index] = self._new_slot(buffer, numbers)
+            slot = self._slots[index] = self._new_slot(bucket, numbers)
             self._take_loaded(f"bucket_{index:03d}", slot)
         return slot
 
@@ -130,27 +132,22 @@ class DDPCompression:
             if saved is not None and saved.shape == memory.shape:
                 memory.copy_(saved)
 
-    def _new_slot(self, buffer: Tensor, numbers: tuple[int, ...]) -> "_Slot":
+    def _new_slot(self, bucket: GradBucket, numbers: tuple[int, ...]) -> "_Slot":
+        buffer, parts, start = bucket.buffer(), [], 0
+        for parameter in bucket.parameters():
+            parts.append(Part(start, tuple(parameter.shape)))
+            start += parameter.numel()
         compresses = self._algorithm is not None and not self._algorithm.lossless
         flat = torch.zeros_like(buffer, dtype=memory_dtype(buffer.dtype) if compresses else buffer.dtype)
-        memory = ErrorMemory.for_tensor(flat, self._group) if self._error_feedback else None
+        memory = None
+        if self._error_feedback:
+            memory = ErrorMemory.for_tensor(flat, self._group, algorithm=self._algorithm, parts=parts)
+        make = partial(make_reduction, flat, group=self._group, meter=self._meter, watcher=self._watcher)
         factor = 1.0 / ranks_of(self._group)
-        return _Slot(numbers, flat, memory, *self._reductions(flat, memory, factor))
-
-    def _reductions(self, flat: Tensor, memory: ErrorMemory | None, factor: float) -> tuple[Reduction, Reduction]:
-        plain = make_reduction(flat, None, self._group, factor=factor, meter=self._meter, watcher=self._watcher)
-        if self._algorithm is None:
-            return plain, plain
-        compressed = make_reduction(
-            flat,
-            self._algorithm,
-            self._group,
-            memory=memory,
-            factor=factor,
-            meter=self._meter,
-            watcher=self._watcher,
-        )
-        return plain, compressed
+        plain = compressed = make(algorithm=None, factor=factor)
+        if self._algorithm is not None:
+            compressed = make(algorithm=self._algorithm, memory=memory, parts=parts, factor=factor, key=bucket.index())
+        return _Slot(numbers, flat, memory, plain, compressed)
 
 
 def ddp_compression_hook(state: DDPCompression, bucket: GradBucket) -> torch.futures.Future[Tensor]:

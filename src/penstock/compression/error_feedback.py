@@ -5,40 +5,133 @@ updates", JMLR 2020. With ``y = x + memory``, a compressor sends ``C(y)`` and th
 sum of everything sent, plus the memory, is the sum of everything that came in.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from penstock.compression.algorithm import CompressionAlgorithm, Payload
 
 
-class ErrorFeedback:
-    """An algorithm with the memory of one tensor.
+@dataclass(frozen=True)
+class FeedbackRule:
+    """How errors are carried over.
 
-    A NaN or infinity never enters the memory: it is sent (so the receiver sees it) and the memory of the elements
-    that it spoilt starts again from zero.
+    Attributes:
+        kind: ``"classic"``, as above; or ``"ef21"`` of Richtarik, Sokolov, Fatkhullin, "EF21: a new, simpler,
+            theoretically better, and practically faster error feedback", NeurIPS 2021: both ends keep an estimate of
+            the tensor, and what is compressed and added to it is the difference from it.
+        decay: The memory becomes ``decay * memory + (1 - decay) * (y - C(y))``, in [0, 1): a moving average of errors,
+            as in Xie, Lin, Toh, Zhou, "LoCo: low-bit communication adaptor for large-scale model training", 2024
+            (arXiv:2407.04480). 0 is exact.
+        reset_every: Empty the memory every so many steps, as LoCo does; 0 for never.
+    """
+
+    kind: Literal["classic", "ef21"] = "classic"
+    decay: float = 0.0
+    reset_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("classic", "ef21"):
+            raise ValueError(f"unknown error feedback {self.kind!r}; known: 'classic', 'ef21'")
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        if self.reset_every < 0:
+            raise ValueError(f"reset_every must not be negative (0: never), got {self.reset_every}")
+        if self.kind == "ef21" and (self.decay or self.reset_every):
+            raise ValueError(
+                "decay and reset_every belong to classic error feedback: EF21 keeps an estimate that both ends share, "
+                "which must neither fade nor be emptied; leave them out, or take kind='classic'"
+            )
+
+    def resets_at(self, step: int) -> bool:
+        """Whether the memory is emptied before this step (from 0)."""
+        return self.reset_every > 0 and step > 0 and step % self.reset_every == 0
+
+
+CLASSIC = FeedbackRule()
+
+
+def compress_with_feedback(
+    algorithm: CompressionAlgorithm, tensor: Tensor, memory: Tensor, rule: FeedbackRule = CLASSIC
+) -> Payload:
+    """Compress ``tensor`` with what is in ``memory``; the classic kind updates the memory.
+
+    EF21's estimate is only read: its owner adds the decompressed payload when it is known that all ends will.
+
+    Args:
+        algorithm: Any algorithm.
+        tensor: Floating, any shape; only read.
+        memory: Contiguous, with as many elements, float32 or float64.
+        rule: See :class:`FeedbackRule`.
+    """
+    if rule.kind == "ef21":
+        return algorithm.compress(tensor - memory.view(tensor.shape))
+    if not rule.decay:
+        return algorithm.compress_with_memory(tensor, memory)
+    before = memory.clone()
+    payload = algorithm.compress_with_memory(tensor, memory)
+    memory.lerp_(before, rule.decay)
+    return payload
+
+
+class ErrorFeedback:
+    """An algorithm with the memory of one tensor: the sender's end, and what the receiver sees.
+
+    A NaN or infinity never enters the memory: it is sent (so the receiver sees it), and the memory of the elements
+    that it spoilt stays as it was.
 
     Args:
         algorithm: Any algorithm.
         memory: Flat float32 or float64 tensor, used in place; zeros to begin with.
+        rule: How errors are carried over.
 
     Attributes:
-        memory: What is owed to the receiver.
+        memory: What is owed to the receiver; with EF21, the estimate that both ends have.
     """
 
-    def __init__(self, algorithm: CompressionAlgorithm, memory: Tensor) -> None:
+    def __init__(self, algorithm: CompressionAlgorithm, memory: Tensor, rule: FeedbackRule = CLASSIC) -> None:
+        algorithm.check_feedback()
         self.algorithm = algorithm
         self.memory = memory
+        self.rule = rule
 
     @classmethod
-    def for_tensor(cls, algorithm: CompressionAlgorithm, tensor: Tensor) -> "ErrorFeedback":
+    def for_tensor(
+        cls, algorithm: CompressionAlgorithm, tensor: Tensor, rule: FeedbackRule = CLASSIC
+    ) -> "ErrorFeedback":
         """With an empty memory that fits ``tensor``."""
         memory = torch.zeros(tensor.numel(), dtype=memory_dtype(tensor.dtype), device=tensor.device)
-        return cls(algorithm, memory)
+        return cls(algorithm, memory, rule)
 
     def compress(self, tensor: Tensor) -> Payload:
-        """Compress ``tensor`` plus the memory, and keep in the memory what is not sent; ``tensor`` is only read."""
-        self.memory.add_(tensor.detach().reshape(-1))
-        return self.algorithm.compress_residual_(self.memory)
+        """Compress ``tensor`` with the memory, and keep in the memory what is not sent; ``tensor`` is only read.
+
+        With EF21 the payload belongs to the estimate as it was: :meth:`receive` brings it up to date.
+        """
+        return compress_with_feedback(self.algorithm, tensor.detach(), self.memory, self.rule)
+
+    def receive(self, payload: Payload, out: Tensor) -> Tensor:
+        """Fill ``out`` with what a receiver sees, which with EF21 is the new estimate; a non-finite one is not kept."""
+        self.algorithm.decompress(payload, out)
+        if self.rule.kind == "ef21":
+            out.add_(self.memory.view(out.shape))
+            if is_finite(payload):
+                self.memory.copy_(out.view(-1))
+        return out
+
+
+def is_finite(payload: Payload) -> bool:
+    """Whether a payload holds neither NaN nor infinity in its floating fields; waits for a GPU."""
+    return all(all_finite(field) for field in payload.values() if field.is_floating_point())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity; waits for a GPU."""
+    # A sum is cheaper, and decides unless it overflows itself.
+    wide = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+    return bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,42 +1,111 @@
-"""What one rank owes to the others in a two-phase reduction."""
+"""What one rank owes to the others, or knows of them, in a compressed reduction."""
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from penstock.compression.chunks import chunk_bounds
-from penstock.compression.error_feedback import memory_dtype
+from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.algorithms.powersgd import PowerSGD
+from penstock.compression.chunks import Part, chunk_bounds
+from penstock.compression.error_feedback import CLASSIC, FeedbackRule, memory_dtype
 from penstock.compression.group import rank_in, ranks_of
 
 
 class ErrorMemory:
-    """The two memories of one flat buffer; they are used and updated in place.
+    """The memories of one flat buffer; they are used and updated in place.
+
+    Args:
+        worker: See below.
+        server: See below.
+        rule: How errors are carried over.
+        result: With EF21, the estimate of the result that all ranks share, ``[numel]``.
+        starts: Where PowerSGD's iterations start, one for each matrix.
+        two_phases: Whether the exchange sums chunks, so that there is something to owe for them.
 
     Attributes:
-        worker: What this rank did not send of its own contribution, ``[numel]``.
-        server: What this rank did not send of the sum that it makes for its chunk, ``[chunk]``.
+        worker: What this rank did not send of its own contribution, ``[numel]``; with EF21, what the others know of it.
+        server: What this rank did not send of the sum that it makes for its chunk, ``[chunk]``; with EF21, the sum of
+            what it knows of the contributions. Empty where an exchange has no such sum.
     """
 
-    def __init__(self, worker: Tensor, server: Tensor) -> None:
+    def __init__(
+        self,
+        worker: Tensor,
+        server: Tensor,
+        *,
+        rule: FeedbackRule = CLASSIC,
+        result: Tensor | None = None,
+        starts: Sequence[Tensor] = (),
+        two_phases: bool = True,
+    ) -> None:
         self.worker = worker
         self.server = server
+        self.rule = rule
+        self.result = result
+        self.starts = list(starts)
+        self.two_phases = two_phases
 
     @classmethod
-    def for_tensor(cls, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Self:
-        """Empty memories for reducing ``tensor`` over ``group`` (None: the default group)."""
-        start, stop = chunk_bounds(tensor.numel(), ranks_of(group))[rank_in(group)]
-        dtype = memory_dtype(tensor.dtype)
+    def for_tensor(
+        cls,
+        tensor: Tensor,
+        group: dist.ProcessGroup | None = None,
+        *,
+        algorithm: CompressionAlgorithm | None = None,
+        rule: FeedbackRule = CLASSIC,
+        parts: Sequence[Part] = (),
+        inside: dist.ProcessGroup | None = None,
+    ) -> Self:
+        """Empty memories for reducing ``tensor`` over ``group`` (None: the default group).
+
+        Args:
+            tensor: The flat buffer.
+            group: The ranks to reduce over.
+            algorithm: Saves the memory that its exchange has no use for; None for all that any algorithm may need.
+            rule: How errors are carried over.
+            parts: Where the parameters lie in the buffer.
+            inside: With a hierarchical reduction, the ranks of one machine: the memories are of this rank's shard.
+
+        Raises:
+            ValueError: The algorithm and error feedback do not go together.
+        """
+        if algorithm is not None:
+            algorithm.check_feedback()
+        numel = tensor.numel()
+        if inside is not None and ranks_of(inside) > 1:
+            start, stop = chunk_bounds(numel, ranks_of(inside))[rank_in(inside)]
+            numel = stop - start
+        start, stop = chunk_bounds(numel, ranks_of(group))[rank_in(group)]
+        two_phases = algorithm is None or not (algorithm.linear or algorithm.sparse or algorithm.shaped)
+        if rule.kind == "ef21" and not two_phases:
+            raise ValueError(
+                f"EF21 is made for algorithms in two phases (int8, onebit and the like), not for {algorithm}; "
+                "take classic error feedback"
+            )
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=memory_dtype(tensor.dtype), device=tensor.device)
+
+        starts = []
+        if isinstance(algorithm, PowerSGD):
+            first = [algorithm.start(part.shape, tensor.device) for part in parts]
+            starts = [start for start in first if start is not None]
         return cls(
-            torch.zeros(tensor.numel(), dtype=dtype, device=tensor.device),
-            torch.zeros(stop - start, dtype=dtype, device=tensor.device),
+            zeros(numel),
+            zeros(stop - start if two_phases else 0),
+            rule=rule,
+            result=zeros(numel) if rule.kind == "ef21" else None,
+            starts=starts,
+            two_phases=two_phases,
         )
 
     def check(self, numel: int, *, ranks: int, rank: int) -> None:
         """Raise ``ValueError`` unless the memories fit a buffer of ``numel`` elements on this rank."""
         start, stop = chunk_bounds(numel, ranks)[rank]
-        if self.worker.numel() != numel or self.server.numel() != stop - start:
+        if self.worker.numel() != numel or self.server.numel() not in (0, stop - start):
             raise ValueError(
                 f"the error memory is for {self.worker.numel()} elements with a chunk of {self.server.numel()}, but "
                 f"the tensor has {numel} and rank {rank} of {ranks} sums {stop - start}; make one with "
@@ -44,5 +113,11 @@ class ErrorMemory:
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Both memories by name, for a state dict; not copies."""
-        return {"worker": self.worker, "server": self.server}
+        """All memories by name, for a state dict; not copies. Those that an exchange has no use for are left out."""
+        named = {"worker": self.worker}
+        if self.two_phases:
+            named["server"] = self.server
+        if self.result is not None:
+            named["result"] = self.result
+        named.update({f"start_{index:03d}": start for index, start in enumerate(self.starts)})
+        return named

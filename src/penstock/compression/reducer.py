@@ -66,12 +66,13 @@ class Reducer:
                 bucket,
                 algorithm,
                 group,
+                key=index,
                 error_feedback=error_feedback,
                 uncompressed_first=self._warmup_steps > 0,
                 meter=meter,
                 watcher=watcher,
             )
-            for bucket in buckets
+            for index, bucket in enumerate(buckets)
         ]
         self._slot_of = {p: slot for slot in self._slots for p in slot.bucket.parameters}
         self._armed: set[nn.Parameter] = set()
@@ -221,7 +222,7 @@ class Reducer:
         slot = self._slots[self._started]
         self._started += 1
         slot.fill(self._weight)
-        slot.reduction(self._step >= self._warmup_steps).start()
+        slot.reduction(self._step >= self._warmup_steps).start(self._step)
 
 
 class _Slot:
@@ -233,6 +234,7 @@ class _Slot:
         algorithm: CompressionAlgorithm | None,
         group: dist.ProcessGroup | None,
         *,
+        key: int,
         error_feedback: bool,
         uncompressed_first: bool,
         meter: Meter | None,
@@ -245,9 +247,16 @@ class _Slot:
         self._gaps = bucket.gaps(self._flat)
         self.memory: ErrorMemory | None = None
         if error_feedback and algorithm is not None and not algorithm.lossless:
-            self.memory = ErrorMemory.for_tensor(self._flat, group)
+            self.memory = ErrorMemory.for_tensor(self._flat, group, algorithm=algorithm, parts=bucket.parts)
         self._compressed = make_reduction(
-            self._flat, algorithm, group, memory=self.memory, meter=meter, watcher=watcher
+            self._flat,
+            algorithm,
+            group,
+            memory=self.memory,
+            parts=bucket.parts,
+            key=key,
+            meter=meter,
+            watcher=watcher,
         )
         self._plain: Reduction | None = None
         if uncompressed_first:

@@ -1,15 +1,23 @@
-"""Compression algorithms by name."""
+"""Compression algorithms by name.
+
+A package makes its own known by an entry point in the group ``penstock.compression``: the name, and the class. Entry
+points are looked at when a name is asked for that is not known otherwise, or the names are listed.
+"""
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Final
 
 from penstock._core.suggest import unknown_name
 from penstock.compression.algorithm import CompressionAlgorithm, option_names
-from penstock.compression.algorithms import Bf16, Fp16, NoCompression, OneBit
+from penstock.compression.algorithms import BUILT_IN
 
 if TYPE_CHECKING:
     from penstock.compression.module import CompressionModule
+
+ENTRY_POINTS: Final = "penstock.compression"
 
 _classes: dict[str, type[CompressionAlgorithm]] = {}
 
@@ -41,16 +49,37 @@ def register_compression_module(name: str, cls: type[CompressionAlgorithm]) -> N
 
 
 def known_algorithms() -> list[str]:
-    """The registered names, sorted."""
+    """The registered names, those of installed packages included, sorted."""
+    _register_installed()
     return sorted(_classes)
 
 
 def get_compression_class(name: str) -> type[CompressionAlgorithm]:
     """The class registered under a name; an unknown one raises ``ValueError`` with the known names."""
+    if name not in _classes:
+        _register_installed()
     try:
         return _classes[name]
     except KeyError:
         raise ValueError(unknown_name("compression algorithm", name, _classes)) from None
+
+
+@cache
+def _register_installed() -> None:
+    """Register the classes that installed packages offer by entry points; once.
+
+    Raises:
+        ValueError: One cannot be imported or registered; the message names the package.
+    """
+    for point in entry_points(group=ENTRY_POINTS):
+        package = point.dist.name if point.dist is not None else "an unknown package"
+        try:
+            register_compression_module(point.name, point.load())
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"the entry point {point.name} = {point.value} ({ENTRY_POINTS}) of {package} is no compression "
+                f"algorithm: {error}; mend or uninstall the package"
+            ) from error
 
 
 def create_compression_algorithm(name: str, config: Mapping[str, Any] | None = None) -> CompressionAlgorithm:
@@ -83,5 +112,5 @@ def get_compression_module(name: str, config: Mapping[str, Any] | None = None) -
     return CompressionModule(create_compression_algorithm(name, config))
 
 
-for _cls in (NoCompression, Fp16, Bf16, OneBit):
+for _cls in BUILT_IN:
     register_compression_module(_cls.name, _cls)

@@ -191,7 +191,8 @@ class CompressionSection(Section):
     """Gradients on the wire between replicas, when the reducer exchanges them.
 
     Attributes:
-        algorithm: ``none``, ``fp16``, ``bf16``, ``onebit``, or a name that you registered.
+        algorithm: ``none``, ``fp16``, ``bf16``, ``fp8``, ``int8``, ``int4``, ``int2``, ``onebit``, ``topk``,
+            ``topk_int2``, ``randomk``, ``dct_topk``, ``powersgd``, or a name that you registered.
         error_feedback: Whether what compression loses is added to the next gradient.
         warmup_steps: Steps exchanged uncompressed first.
         bucket_mb: Size of a bucket in MiB of gradients.

@@ -20,12 +20,8 @@ class Cast(CompressionAlgorithm):
 
     def compress(self, tensor: Tensor) -> Payload:
         """Round to nearest even."""
-        return {"values": tensor.reshape(-1).to(self.sent_as)}
+        return {"values": tensor.detach().reshape(-1).to(self.sent_as)}
 
     def decompress(self, payload: Payload, out: Tensor) -> Tensor:
         """Widen; exact."""
         return out.copy_(payload["values"].view(out.shape))
-
-    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The shorter float, whatever the tensor's dtype."""
-        return self.sent_as

@@ -33,7 +33,3 @@ class NoCompression(CompressionAlgorithm):
     def decompress(self, payload: Payload, out: Tensor) -> Tensor:
         """Narrow back to the original dtype; exact."""
         return out.copy_(payload["values"].view(out.shape))
-
-    def wire_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The tensor's own dtype."""
-        return dtype
