@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from penstock._core.suggest import unknown_name
 from penstock.compression.registry import create_compression_algorithm
 from penstock.models.gpt_config import GPTConfig, PositionKind
-from penstock.pipe.schedule import SCHEDULES
+from penstock.pipe.schedule import SCHEDULES, load_schedule
 
 OPTIMIZERS: Final = ("adamw", "onebit_adam")
 OWNS_EXCHANGE: Final = frozenset({"onebit_adam"})
@@ -108,6 +108,10 @@ class PipeSection(Section):
     @field_validator("schedule")
     @classmethod
     def _check_schedule(cls, value: str) -> str:
+        if value.endswith(".json"):
+            if load_schedule(value).forward_only:
+                raise ValueError(f"{value}: a schedule without backward passes cannot train")
+            return value
         if value == "forward_only":
             raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or 'gpipe'")
         return _one_of("schedule", tuple(name for name, known in SCHEDULES.items() if known.trains))(value)

@@ -12,11 +12,15 @@ from penstock.pipe.schedule.interleaved_1f1b import interleaved_1f1b
 from penstock.pipe.schedule.looped_bfs import looped_bfs
 from penstock.pipe.schedule.names import SCHEDULES, BuiltIn, get_schedule
 from penstock.pipe.schedule.one_f_one_b import one_f_one_b
+from penstock.pipe.schedule.picture import html, svg
 from penstock.pipe.schedule.placement import PLACEMENTS, get_placement, loop, v_shape
 from penstock.pipe.schedule.schedule import Schedule, ScheduleError
+from penstock.pipe.schedule.schedule_file import load_schedule, save_schedule
 from penstock.pipe.schedule.seq1f1b import seq1f1b
 from penstock.pipe.schedule.simulate import simulate
 from penstock.pipe.schedule.timeline import Event, Timeline
+from penstock.pipe.schedule.timeline_file import load_timeline, save_timeline, timeline_from_json, timeline_to_json
+from penstock.pipe.schedule.trace import save_trace, trace_events
 from penstock.pipe.schedule.v_half import v_half
 from penstock.pipe.schedule.v_min import v_min
 from penstock.pipe.schedule.validate import ScheduleFacts, needed_capacity, validate
@@ -46,15 +50,25 @@ __all__ = [
     "get_placement",
     "get_schedule",
     "gpipe",
+    "html",
     "interleaved_1f1b",
+    "load_schedule",
+    "load_timeline",
     "loop",
     "looped_bfs",
     "needed_capacity",
     "one_f_one_b",
     "place_communication",
+    "save_schedule",
+    "save_timeline",
+    "save_trace",
     "seq1f1b",
     "simulate",
+    "svg",
     "text_with_communication",
+    "timeline_from_json",
+    "timeline_to_json",
+    "trace_events",
     "v_half",
     "v_min",
     "v_shape",

@@ -11,6 +11,7 @@ from penstock.pipe.schedule.interleaved_1f1b import interleaved_1f1b
 from penstock.pipe.schedule.looped_bfs import looped_bfs
 from penstock.pipe.schedule.one_f_one_b import one_f_one_b
 from penstock.pipe.schedule.schedule import Schedule, ScheduleError
+from penstock.pipe.schedule.schedule_file import SUFFIX, load_schedule
 from penstock.pipe.schedule.seq1f1b import seq1f1b
 from penstock.pipe.schedule.v_half import v_half
 from penstock.pipe.schedule.v_min import v_min
@@ -62,15 +63,20 @@ def get_schedule(
     """The schedule called ``name`` for these sizes.
 
     Args:
-        name: One of :data:`SCHEDULES`.
+        name: One of :data:`SCHEDULES`, or the path of a file that :func:`~penstock.pipe.schedule.save_schedule` wrote,
+            which must end in ``.json`` and be for these sizes.
         ranks: Pipeline ranks. The model is cut into ``ranks * chunks`` stages.
         micro_batches: Micro-batches per step and pipeline.
         chunks: Stages per rank. None takes the schedule's own number.
         slices: Pieces along the sequence into which each micro-batch is cut. None takes the schedule's own number.
 
     Raises:
-        ValueError: An unknown name, sizes below one, or a number of chunks or slices that the schedule cannot have.
+        ValueError: An unknown name, sizes below one or other than the file's, or a number of chunks or slices that the
+            schedule cannot have.
+        CorruptFileError: The file is missing or no JSON.
     """
+    if name.endswith(SUFFIX):
+        return _loaded(name, ranks, micro_batches, chunks, slices)
     if name not in SCHEDULES:
         raise ValueError(unknown_name("schedule", name, SCHEDULES))
     known = SCHEDULES[name]
@@ -93,3 +99,16 @@ def get_schedule(
                 f"schedule {name!r} does not cut micro-batches into slices, got slices={slices}; these do: {able}"
             )
     return known.make(ranks, micro_batches, **options)
+
+
+def _loaded(path: str, ranks: int, micro_batches: int, chunks: int | None, slices: int | None) -> Schedule:
+    schedule = load_schedule(path)
+    stages = schedule.num_stages if chunks is None else ranks * chunks
+    wanted = (ranks, stages, micro_batches, schedule.slices if slices is None else slices)
+    found = (schedule.num_ranks, schedule.num_stages, schedule.micro_batches, schedule.slices)
+    if wanted != found:
+        raise ScheduleError(
+            "{}: made for {} ranks, {} stages, {} micro-batches and {} slices; ".format(path, *found)
+            + "the run has {} ranks, {} stages, {} micro-batches and {} slices".format(*wanted)
+        )
+    return schedule

@@ -28,11 +28,13 @@ class Timeline:
         schedule: The schedule.
         starts: For each rank, ``float64``, when each of its actions starts, in the schedule's order.
         ends: For each rank, ``float64``, when each of its actions ends.
+        unit: Of the times, such as ``"s"``; empty where it is whatever the costs were given in.
     """
 
     schedule: Schedule
     starts: tuple[FloatArray, ...]
     ends: tuple[FloatArray, ...]
+    unit: str = ""
 
     def events(self) -> Iterator[Event]:
         """Every action, rank by rank, each rank's in order."""
