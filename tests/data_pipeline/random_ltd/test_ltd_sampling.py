@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.data_pipeline.random_ltd.dropping_utils import bert_sample_tokens, gpt_sample_tokens
-from penstock.data_pipeline.random_ltd.sampling import gather_mask, keyed_indices
+from penstock.data_pipeline.random_ltd.sampling import gather_mask, keyed_indices, smallest
 
 
 def chi_squared_limit(freedom: int, sigmas: float = 5.0) -> float:
@@ -64,6 +64,33 @@ def test_each_position_is_kept_equally_often_in_long_rows():
     # The counts of one row add up to `kept`, hence the correction (1 - 1/seq) of each variance.
     statistic = ((counts - draws * share) ** 2).sum() / (draws * share * (1 - share)) * (1 - 1 / seq)
     assert statistic < chi_squared_limit(seq - 1)
+
+
+def test_every_pair_of_tokens_is_kept_equally_often():
+    draws, seq, kept = 20_000, 10, 4
+    member = np.zeros((draws, seq))
+    np.put_along_axis(member, keyed_indices(3, range(draws), [1], seq, kept)[0], 1, axis=1)
+    together = (member.T @ member)[np.triu_indices(seq, 1)]
+    share = kept * (kept - 1) / (seq * (seq - 1))
+    # Each count has the variance of a binomial one; 45 of them, none further off than 5 standard errors.
+    assert np.abs(together - draws * share).max() < 5 * sqrt(draws * share * (1 - share))
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 4),
+    length=st.integers(1, 30),
+    share=st.floats(0, 1),
+    spread=st.sampled_from([2**64, 2**34, 2**6]),
+    seed=st.integers(0, 1000),
+)
+def test_the_smallest_words_are_found_even_if_their_upper_halves_are_tied(rows, length, share, spread, seed):
+    count = max(1, round(share * length))
+    rng = np.random.default_rng(seed)
+    words = np.array([rng.choice(min(spread, 2**62), length, replace=False) for _ in range(rows)], dtype=np.uint64)
+    words[:, : length // 2] |= np.uint64(2**63)
+    expected = [sorted(sorted(range(length), key=lambda token: int(row[token]))[:count]) for row in words]
+    assert smallest(words, count).tolist() == expected
 
 
 def test_two_layers_choose_independently_for_the_same_sample():

@@ -6,15 +6,17 @@ the run, token): neither the split into micro-batches, replicas and stages nor t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from penstock._core.keys import derive, random_words
+from penstock._core.keys import U64Array, derive, random_words
 
 _PURPOSE = "random_ltd"
+_LONGEST_ON_GPU = 32768  # one program of the kernel holds a row
 
 
 def gpt_sample_tokens(
@@ -108,16 +110,34 @@ def keyed_indices(
     Returns:
         int32 of shape ``[len(layer_ids), len(positions), reserved_length]``, increasing along the last dimension.
     """
-    rows = np.asarray(positions, dtype=np.int64)
     tokens = np.arange(seq_length, dtype=np.uint64)
-    kept = np.empty((len(layer_ids), len(rows), reserved_length), dtype=np.int32)
+    kept = np.empty((len(layer_ids), len(positions), reserved_length), dtype=np.int32)
     for at, layer in enumerate(layer_ids):
-        # A row's tokens are counted from a random place, so that rows do not share words.
-        starts = random_words(derive(key, _PURPOSE, "row", layer), rows)
-        words = random_words(derive(key, _PURPOSE, "token", layer), starts[:, None] + tokens)
-        chosen = np.argpartition(words, reserved_length - 1, axis=1)[:, :reserved_length]
-        kept[at] = np.sort(chosen, axis=1)
+        # A word is a bijection of its counter, so the words of a row are distinct.
+        key_of_tokens, starts = _streams(key, positions, layer)
+        kept[at] = smallest(random_words(key_of_tokens, starts[:, None] + tokens), reserved_length)
     return kept
+
+
+def smallest(words: U64Array, count: int) -> npt.NDArray[np.int64]:
+    """Where the ``count`` smallest words of each row are, in order of place; the words of a row must be distinct.
+
+    No sort is needed: everything up to the ``count``-th smallest is looked for in order. The upper halves of the words
+    decide, in half the time, unless two are tied just there; then the whole words do.
+    """
+    rows, length = words.shape
+    places = _up_to_the_last((words >> np.uint64(32)).astype(np.uint32), count)
+    if places.size != rows * count:
+        places = _up_to_the_last(words, count)
+    first: npt.NDArray[np.int64] = length * np.arange(rows)
+    return places.reshape(rows, count) - first[:, None]
+
+
+def _up_to_the_last(words: npt.NDArray[np.uint32] | npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
+    """Places, over all rows, of what is not larger than the ``count``-th smallest of its row."""
+    last: npt.NDArray[Any] = np.partition(words, count - 1, axis=1)[:, count - 1, None]
+    places: npt.NDArray[np.int64] = np.flatnonzero(words <= last)
+    return places
 
 
 def gather_mask(mask: Tensor, indices_BK: Tensor) -> Tensor:
@@ -136,6 +156,32 @@ def gather_mask(mask: Tensor, indices_BK: Tensor) -> Tensor:
     if mask.shape[2] != 1:
         mask = mask.gather(2, at[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     return mask.gather(3, at[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], kept))
+
+
+def _streams(key: int, positions: Sequence[int], layer: int) -> tuple[int, U64Array]:
+    """The key of a layer's words, and the counter of each row's first one.
+
+    A row's tokens are counted from a random place, so that rows do not share words.
+    """
+    rows = np.asarray(positions, dtype=np.int64)
+    return derive(key, _PURPOSE, "token", layer), random_words(derive(key, _PURPOSE, "row", layer), rows)
+
+
+def _drawn_on_gpu(
+    key: int,
+    positions: Sequence[int],
+    layer_ids: Sequence[int],
+    seq_length: int,
+    reserved_length: int,
+    device: torch.device,
+) -> Tensor:
+    """As :func:`keyed_indices`, drawn where they are used."""
+    from penstock.data_pipeline.random_ltd.kernels import gpu_sampling
+
+    streams = np.empty((len(layer_ids), len(positions), 2), dtype=np.uint64)
+    for at, layer in enumerate(layer_ids):
+        streams[at, :, 1], streams[at, :, 0] = _streams(key, positions, layer)
+    return gpu_sampling.sample(streams, seq_length, reserved_length, device)
 
 
 def _sample(
@@ -167,8 +213,10 @@ def _sample(
         )
     if key is None:
         key = int(torch.randint(0, 2**63 - 1, (), device="cpu"))
-    indices = keyed_indices(key, positions, layer_ids, seq_length, reserved_length)
-    return torch.from_numpy(indices).to(device)
+    device = torch.device(device)
+    if device.type == "cuda" and seq_length <= _LONGEST_ON_GPU:
+        return _drawn_on_gpu(key, positions, layer_ids, seq_length, reserved_length, device)
+    return torch.from_numpy(keyed_indices(key, positions, layer_ids, seq_length, reserved_length)).to(device)
 
 
 def _check_mask(mask: Tensor, seq_length: int, batch_size: int, *, broadcast_queries: bool = False) -> None:
