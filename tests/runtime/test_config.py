@@ -199,7 +199,7 @@ def test_the_short_form_gives_deepspeeds_section() -> None:
         ({"random_ltd_schedule": None}, "needs the table random_ltd_schedule"),
         ({"random_ltd_schedule": {"schedule_config": {}}}, "needs min_value"),
         ({"model_typ": "decoder"}, "did you mean 'model_type'"),
-        ({"random_ltd_schedule": {**DEEPSPEED_LTD["random_ltd_schedule"], "schedule_type": "x"}}, "'fixed_linear'"),
+        ({"random_ltd_schedule": {**DEEPSPEED_LTD["random_ltd_schedule"], "schedule_type": "x"}}, "'fixed_linear' or"),
     ],
 )
 def test_a_wrong_deepspeed_section_is_refused(change: dict[str, Any], text: str) -> None:

@@ -136,6 +136,14 @@ class TrainConfig(Section):
         """Whether layers drop tokens in this run."""
         return self.random_ltd is not None and self.random_ltd.enabled
 
+    @property
+    def lr_by_deepspeeds_section(self) -> bool:
+        """Whether ``random_ltd.layer_token_lr_schedule`` sets the learning rate."""
+        section = self.random_ltd
+        if section is None or not section.enabled or section.layer_token_lr_schedule is None:
+            return False
+        return section.layer_token_lr_schedule.enabled
+
     def micro_batches(self, replicas: int) -> int:
         """Micro-batches per step in each of ``replicas`` replicas.
 
@@ -205,8 +213,19 @@ class TrainConfig(Section):
 
     def _check_dropping(self) -> None:
         section, length = self.random_ltd, self.sequence_length
+        by_layer_tokens = self.schedule.by == "layer_tokens"
         if section is None or not section.enabled:
+            if by_layer_tokens:
+                raise ValueError(
+                    "schedule.by: layer_tokens counts what layers compute while tokens are dropped, but this run has "
+                    "no random_ltd; set schedule.by: tokens, which is the same curve without dropping"
+                )
             return
+        if self.lr_by_deepspeeds_section and "schedule" in self.model_fields_set:
+            raise ValueError(
+                "random_ltd.layer_token_lr_schedule and schedule both set the learning rate; keep one of them "
+                "(schedule.by: layer_tokens is the same in the run's own words)"
+            )
         for name, value in (("min_tokens", section.min_tokens), ("max_tokens", section.max_tokens)):
             if value is not None and length is not None and value > length:
                 raise ValueError(

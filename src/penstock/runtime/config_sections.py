@@ -1,7 +1,7 @@
 """The sections of a run's configuration, each checked alone; :mod:`penstock.runtime.config` checks them together."""
 
 from collections.abc import Callable
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -270,6 +270,8 @@ class ScheduleSection(Section):
     """The learning rate over the run, keyed by tokens consumed; see :class:`penstock.runtime.lr_schedule.LRSchedule`.
 
     Attributes:
+        by: ``tokens`` read, or ``layer_tokens``: tokens computed, summed over the blocks, for runs that drop tokens.
+            The other keys' tokens are these.
         warmup_tokens: Tokens of linear warm-up.
         warmup_steps: The same, in steps. At most one of the two is given; without both there is no warm-up.
         decay: ``cosine``, ``linear`` or ``constant`` after warm-up.
@@ -277,6 +279,7 @@ class ScheduleSection(Section):
         total_tokens: Tokens at which the decay ends; None takes the length of the run.
     """
 
+    by: Literal["tokens", "layer_tokens"] = "tokens"
     warmup_tokens: int | None = Field(default=None, ge=0)
     warmup_steps: int | None = Field(default=None, ge=0)
     decay: str = "cosine"

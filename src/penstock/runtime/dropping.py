@@ -1,8 +1,11 @@
 """Puts random-LTD into a stage: which layers are blocks, which of them drop tokens, and their schedule."""
 
+from functools import partial
+
 from torch import nn
 
 from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, RandomLTDScheduler
+from penstock.data_pipeline.random_ltd.protect import MarkProtectedTokens
 from penstock.pipe.layer_spec import LayerSpec
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.stage import Stage
@@ -42,26 +45,43 @@ class Dropping:
         length = config.sequence_length
         if length is None:
             raise ValueError("random_ltd needs data.sequence_length (or model.context): the tokens kept at the end")
-        section = config.random_ltd.scheduler_config(len(blocks), length)
-        self.layers = frozenset(blocks[number] for number in config.random_ltd.layer_ids(len(blocks)))
+        given = config.random_ltd
+        section = given.scheduler_config(len(blocks), length)
+        section |= {"sequence_length": length, "global_batch_size": config.train.global_batch_size}
+        self.layers = frozenset(blocks[number] for number in given.layer_ids(len(blocks)))
+        self._blocks = blocks
         self._scheduler = RandomLTDScheduler(section)
-        self._mask_name = config.random_ltd.model_mask_name
-        self._order = config.random_ltd.hidden_state_order
+        self._batch = config.train.global_batch_size
+        self._mark: partial[MarkProtectedTokens] | None = None
+        if given.protect_tokens or given.document_separator is not None:
+            self._mark = partial(
+                MarkProtectedTokens, token_ids=given.protect_tokens, separator_id=given.document_separator
+            )
 
     def wrap(self, stage: Stage) -> None:
-        """Make the stage's share of the layers drop tokens."""
+        """Make the stage's share of the layers drop tokens, and its first layer mark the protected ones."""
+        section = self._scheduler.config
 
         def wrapped(index: int, layer: nn.Module) -> nn.Module | None:
-            if index not in self.layers:
-                return None
-            dropper = RandomLayerTokenDrop(
-                layer, layer_id=index, mask_name=self._mask_name, hidden_state_order=self._order
-            )
-            self._scheduler.attach(dropper)
-            return dropper
+            if index in self.layers:
+                options = section.layer_options(index - self._blocks.start)
+                options["layer_id"] = self._blocks[options["layer_id"]]
+                dropper = RandomLayerTokenDrop(layer, **options)
+                self._scheduler.attach(dropper)
+                return dropper
+            return self._mark(layer) if index == 0 and self._mark is not None else None
 
         stage.wrap_layers(wrapped)
 
-    def update(self, step: int) -> int:
-        """Set the kept length for a step; returns it."""
-        return self._scheduler.update_seq(step)
+    def update(self, step: int, tokens: int) -> int:
+        """Set the kept length for a step, before which so many tokens were read; returns it."""
+        return self._scheduler.update_seq(step, tokens)
+
+    def layer_tokens(self, tokens: int, kept: int) -> int:
+        """Tokens that the blocks compute in a step that reads ``tokens`` and keeps ``kept`` of each sequence."""
+        dropped = max(0, tokens - self._batch * kept)
+        return tokens * len(self._blocks) - dropped * len(self.layers)
+
+    def planned_layer_tokens(self, steps: int) -> int:
+        """Layer-tokens of a run's first steps, of full sequences."""
+        return self._scheduler.get_total_layer_tokens(steps)

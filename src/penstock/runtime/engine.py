@@ -114,17 +114,19 @@ class Engine:
         with self._told("train_batch"):
             started = time.perf_counter()
             self.optimizer.zero_grad()  # a step that ended in an error leaves gradients behind
-            kept = None if parts.dropping is None else parts.dropping.update(progress.step)
+            kept = None if parts.dropping is None else parts.dropping.update(progress.step, progress.tokens)
             micro_batches, consumed = self._training_batches(data_iter)
             read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.is_first else 0
             result = parts.pipeline.train_step(micro_batches, step=progress.step, tally=read)
             tokens = round(result.tally)
             self._check_finite("loss", result.loss)
             norm = self._clip()
-            lr = self._set_lr(tokens)
+            layer_tokens = 0 if parts.dropping is None or kept is None else parts.dropping.layer_tokens(tokens, kept)
+            lr = self._set_lr(tokens, layer_tokens)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self._advance(started, kept, lr, norm, tokens, result)
+            progress.layer_tokens += layer_tokens
             progress.read.add(consumed)
         return result.loss
 
@@ -275,11 +277,13 @@ class Engine:
         clip_(self.stage.parameters(), norm=norm, max_norm=limit)
         return norm
 
-    def _set_lr(self, step_tokens: int) -> float:
-        schedule = self.parts.schedule
+    def _set_lr(self, step_tokens: int, step_layer_tokens: int) -> float:
+        schedule, clock, step = self.parts.schedule, self.progress.tokens, step_tokens
+        if schedule is not None and schedule.by == "layer_tokens":
+            clock, step = self.progress.layer_tokens, step_layer_tokens
         for group in self.optimizer.param_groups:
             if schedule is not None:
-                factor = schedule.lr_for_step(self.progress.tokens, step_tokens) / schedule.peak
+                factor = schedule.lr_for_step(clock, step) / schedule.peak
                 group["lr"] = group["initial_lr"] * factor
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
 

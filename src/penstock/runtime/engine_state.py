@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _EXCHANGE: Final = "exchange"
 _OPTIMIZER: Final = "optimizer"
-_PROGRESS: Final = ("step", "samples", "tokens", "earlier")
+_PROGRESS: Final = ("step", "samples", "tokens", "layer_tokens", "earlier")
 _GROUPS: Final = "parameter_groups"
 
 
@@ -94,6 +94,7 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
     if parts.order is not None and state["order"] is not None:
         parts.order.load_order_state(state["order"], consumed=progress.samples)
     progress.tokens = int(state["progress"]["tokens"])
+    progress.layer_tokens = int(state["progress"]["layer_tokens"])
     progress.accounts = list(state["consumed"])
     progress.read, progress.read_before = Consumed(), Consumed.from_state(progress.accounts[-1])
     return checkpoint.path

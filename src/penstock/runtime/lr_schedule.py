@@ -6,6 +6,7 @@ carried from step to step, so a resumed run continues on the same curve.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from penstock._core.suggest import unknown_name
@@ -23,6 +24,8 @@ class LRSchedule:
         warmup_tokens: Tokens of warm-up, at most ``total_tokens``.
         decay: ``cosine``, ``linear`` or ``constant``.
         min_ratio: Final rate over the peak, in ``[0, 1]``; without effect when ``decay`` is ``constant``.
+        by: What its tokens are: ``tokens`` read, or ``layer_tokens``: computed, summed over the blocks (Yao et al.,
+            "Random-LTD", arXiv:2211.11586: while tokens are dropped, a step counts for less).
     """
 
     peak: float
@@ -30,6 +33,7 @@ class LRSchedule:
     warmup_tokens: int = 0
     decay: str = "cosine"
     min_ratio: float = 0.1
+    by: str = "tokens"
 
     def __post_init__(self) -> None:
         if not (self.peak > 0 and math.isfinite(self.peak)):
@@ -79,12 +83,15 @@ class LRSchedule:
         return self.lr_at(consumed)
 
 
-def lr_schedule(config: TrainConfig, *, tokens_per_step: int | None = None) -> LRSchedule:
+def lr_schedule(
+    config: TrainConfig, *, tokens_per_step: int | None = None, layer_tokens: Callable[[int], int] | None = None
+) -> LRSchedule:
     """The schedule that a configuration describes.
 
     Args:
         config: The run's configuration.
         tokens_per_step: Tokens of a global batch of full sequences; None takes the configuration's.
+        layer_tokens: Layer-tokens of a number of the run's first steps; needed where layers drop tokens.
 
     Raises:
         ValueError: The tokens per step are unknown, or the warm-up is longer than the run.
@@ -94,16 +101,34 @@ def lr_schedule(config: TrainConfig, *, tokens_per_step: int | None = None) -> L
         raise ValueError(
             "the learning rate is keyed by tokens, but the tokens per step are unknown; set data.sequence_length"
         )
+    if config.lr_by_deepspeeds_section:
+        assert config.random_ltd is not None  # it is the section's
+        deepspeeds = config.random_ltd.layer_token_lr_schedule
+        assert deepspeeds is not None
+        assert deepspeeds.total_layer_tokens is not None  # checked where the section is read
+        return LRSchedule(
+            config.optimizer.lr,
+            deepspeeds.total_layer_tokens,
+            deepspeeds.warmup_layer_tokens or 0,
+            deepspeeds.decay_type,
+            deepspeeds.min_ratio,
+            by="layer_tokens",
+        )
     section = config.schedule
+    in_steps: Callable[[int], int] = per_step.__mul__
+    if section.by == "layer_tokens":
+        assert layer_tokens is not None  # refused without dropping
+        in_steps = layer_tokens
     total = section.total_tokens
     if total is None:
-        total = config.train.total_tokens or config.total_steps * per_step
+        in_tokens = config.train.total_tokens if section.by == "tokens" else None
+        total = in_tokens or in_steps(config.total_steps)
     warmup = section.warmup_tokens
     if warmup is None:
-        warmup = (section.warmup_steps or 0) * per_step
+        warmup = in_steps(section.warmup_steps or 0)
     if warmup > total:
         raise ValueError(
-            f"schedule: warm-up of {warmup} tokens is longer than the {total} tokens of the schedule "
-            f"({per_step} per step); shorten the warm-up or train longer"
+            f"schedule: warm-up of {warmup} {section.by.replace('_', '-')} is longer than the {total} of the schedule "
+            f"({in_steps(1)} per step); shorten the warm-up or train longer"
         )
-    return LRSchedule(config.optimizer.lr, total, warmup, section.decay, section.min_ratio)
+    return LRSchedule(config.optimizer.lr, total, warmup, section.decay, section.min_ratio, section.by)

@@ -31,6 +31,7 @@ class Progress:
         step: Optimizer steps completed.
         samples: Samples consumed: the position ``k`` in the run's order at which the next step begins.
         tokens: Tokens consumed.
+        layer_tokens: Tokens that the blocks computed, summed over them; 0 without dropping.
         earlier: What the run spent on other layouts before it was resumed on this one; None if it never was.
         read: Which samples this rank has read and trained on since it was started or resumed.
         read_before: The same for all ranks before it was resumed.
@@ -40,6 +41,7 @@ class Progress:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    layer_tokens: int = 0
     earlier: dict[str, Any] | None = None
     read: Consumed = field(default_factory=Consumed)
     read_before: Consumed = field(default_factory=Consumed)

@@ -79,6 +79,7 @@ def prepare(
         _check_stages(module)
     _check_optimizer(model, optimizer)
     dataset = open_training_data(settings, training_data)
+    dropping = _dropping(settings, module)
     return Prepared(
         config=settings,
         module=module,
@@ -86,10 +87,10 @@ def prepare(
         replicas=replicas,
         micro_batches=settings.micro_batches(replicas),
         loss_fn=loss_fn if loss_fn is not None else getattr(module, "loss_fn", None),
-        dropping=_dropping(settings, module),
+        dropping=dropping,
         dataset=dataset,
         order=None if dataset is None else training_order(settings, dataset),
-        schedule=_schedule(settings, optimizer),
+        schedule=_schedule(settings, optimizer, dropping),
     )
 
 
@@ -209,9 +210,13 @@ def training_order(config: TrainConfig, dataset: Any, *, progress: Progress | No
     return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size}, progress=progress)
 
 
-def _schedule(config: TrainConfig, optimizer: Any) -> LRSchedule | None:
+def _schedule(config: TrainConfig, optimizer: Any, dropping: Dropping | None) -> LRSchedule | None:
     """The learning rate schedule; a user's optimizer keeps its own rate unless the configuration names a schedule."""
-    if optimizer is not None and "schedule" not in config.model_fields_set:
+    if optimizer is not None and "schedule" not in config.model_fields_set and not config.lr_by_deepspeeds_section:
         return None
     # Samples that are not sequences count as one token each.
-    return lr_schedule(config, tokens_per_step=config.tokens_per_step or config.train.global_batch_size)
+    return lr_schedule(
+        config,
+        tokens_per_step=config.tokens_per_step or config.train.global_batch_size,
+        layer_tokens=None if dropping is None else dropping.planned_layer_tokens,
+    )

@@ -1,13 +1,23 @@
 """The configuration of random layerwise token dropping, in Penstock's short form or in DeepSpeed's."""
 
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from penstock.data_pipeline.random_ltd.config import LayerTokenLR
 from penstock.runtime.config_sections import Section
 
 _DEEPSPEED_KEYS: Final = {"total_layer_num", "random_ltd_layer_num", "random_ltd_layer_id", "random_ltd_schedule"}
-_CARRIED_KEYS: Final = ("model_mask_name", "model_type", "hidden_state_order")
+_CARRIED_KEYS: Final = (
+    "model_mask_name",
+    "model_type",
+    "hidden_state_order",
+    "layer_token_lr_schedule",
+    "route",
+    "arguments",
+    "protect_tokens",
+    "document_separator",
+)
 
 
 class RandomLTDSection(Section):
@@ -20,24 +30,44 @@ class RandomLTDSection(Section):
         layers: Numbers of the transformer blocks that drop tokens, from 0, or ``middle``: all but the first and last.
         min_tokens: Tokens kept per sequence at the start.
         max_tokens: Tokens kept at the end; None is the whole sequence.
-        steps: Optimizer steps until ``max_tokens`` are kept.
+        steps: Optimizer steps from ``start`` until ``max_tokens`` are kept.
+        tokens: The same in tokens read; exactly one of the two is given.
         seq_per_step: The number of kept tokens grows in multiples of this.
+        growth: ``linear``, or ``root``: with a root of the progress.
+        root_degree: Degree of the root; 2 is a square root.
+        start: Step (or tokens read) at which dropping begins.
+        end: Step (or tokens read) at which it ends; None does not end it.
+        route: ``layer``: each block drops tokens of its own. ``block``: neighbouring blocks drop the same tokens, once.
+        protect_tokens: Token ids that are always kept.
+        document_separator: The token id that ends a document; the first token of each document is always kept.
+        arguments: Kinds or layouts of the blocks' arguments by name, where names and shapes do not tell.
         total_layers: DeepSpeed's ``total_layer_num``; checked against ``model.num_layers`` when given.
         model_mask_name: Name of the attention mask among a layer's arguments; None where layers take no mask.
         model_type: ``decoder`` or ``encoder``.
         hidden_state_order: ``batch_seq_dim`` or ``seq_batch_dim``.
+        layer_token_lr_schedule: DeepSpeed's learning rate by layer-tokens, in the place of ``schedule``.
     """
 
     enabled: bool = True
     layers: tuple[int, ...] | Literal["middle"] = "middle"
     min_tokens: int = Field(ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
     seq_per_step: int = Field(default=16, ge=1)
+    growth: Literal["linear", "root"] = "linear"
+    root_degree: float | None = Field(default=None, gt=0)
+    start: int = Field(default=0, ge=0)
+    end: int | None = Field(default=None, ge=1)
+    route: Literal["layer", "block"] = "layer"
+    protect_tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    document_separator: int | None = Field(default=None, ge=0)
+    arguments: dict[str, str] = Field(default_factory=dict)
     total_layers: int | None = Field(default=None, ge=1)
     model_mask_name: str | None = None
     model_type: Literal["decoder", "encoder"] = "decoder"
     hidden_state_order: Literal["batch_seq_dim", "seq_batch_dim"] = "batch_seq_dim"
+    layer_token_lr_schedule: LayerTokenLR | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -50,6 +80,15 @@ class RandomLTDSection(Section):
     def _check(self) -> Self:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of steps and tokens: how long until max_tokens are kept")
+        if (self.growth == "root") != (self.root_degree is not None):
+            raise ValueError(f"growth: {self.growth} with root_degree={self.root_degree}; give it with root only")
+        if self.end is not None and self.end <= self.start:
+            raise ValueError(f"end={self.end} is not after start={self.start}")
+        lr = self.layer_token_lr_schedule
+        if lr is not None and lr.enabled and lr.warmup_type == "log":
+            raise ValueError("layer_token_lr_schedule.warmup_type: 'log': the warm-up of a run is linear")
         if not isinstance(self.layers, str):
             if not self.layers:
                 raise ValueError("layers is empty; name the blocks that drop tokens, or set enabled: false")
@@ -90,6 +129,10 @@ class RandomLTDSection(Section):
             sequence_length: Tokens per sample; what ``max_tokens=None`` stands for.
         """
         layers = self.layer_ids(num_layers)
+        pace: dict[str, Any] = {"seq_per_step": self.seq_per_step}
+        pace |= {"require_steps": self.steps} if self.tokens is None else {"require_tokens": self.tokens}
+        given = {"root_degree": self.root_degree, "start": self.start or None, "end": self.end}
+        pace |= {key: value for key, value in given.items() if value is not None}
         section: dict[str, Any] = {
             "total_layer_num": num_layers,
             "random_ltd_layer_num": len(layers),
@@ -97,14 +140,18 @@ class RandomLTDSection(Section):
             "random_ltd_schedule": {
                 "min_value": self.min_tokens,
                 "max_value": sequence_length if self.max_tokens is None else self.max_tokens,
-                "schedule_type": "fixed_linear",
-                "schedule_config": {"require_steps": self.steps, "seq_per_step": self.seq_per_step},
+                "schedule_type": f"fixed_{self.growth}",
+                "schedule_config": pace,
             },
             "model_type": self.model_type,
             "hidden_state_order": self.hidden_state_order,
         }
         if self.model_mask_name is not None:
             section["model_mask_name"] = self.model_mask_name
+        if self.route != "layer":
+            section["route"] = self.route
+        if self.arguments:
+            section["arguments"] = self.arguments
         return section
 
 
@@ -124,18 +171,19 @@ def _from_deepspeed(data: dict[str, Any]) -> dict[str, Any]:
         out["total_layers"] = rest.pop("total_layer_num")
     schedule = _table(rest.pop("random_ltd_schedule", None), "random_ltd_schedule")
     kind = schedule.pop("schedule_type", "fixed_linear")
-    if kind != "fixed_linear":
-        raise ValueError(f"random_ltd_schedule.schedule_type={kind!r}: the schedule of kept tokens is 'fixed_linear'")
+    if kind not in ("fixed_linear", "fixed_root"):
+        raise ValueError(f"random_ltd_schedule.schedule_type={kind!r}: it is 'fixed_linear' or 'fixed_root'")
+    out["growth"] = kind.removeprefix("fixed_")
     pace = _table(schedule.pop("schedule_config", None), "random_ltd_schedule.schedule_config")
     for source, key, name in (
         (schedule, "min_value", "min_tokens"),
         (schedule, "max_value", "max_tokens"),
-        (pace, "require_steps", "steps"),
+        (pace, "require_tokens" if "require_tokens" in pace else "require_steps", None),
         (pace, "seq_per_step", "seq_per_step"),
     ):
         if key not in source:
             raise ValueError(f"DeepSpeed's form of random_ltd needs {key} in random_ltd_schedule")
-        out[name] = source.pop(key)
+        out[name or key.removeprefix("require_")] = source.pop(key)
     return {**rest, **schedule, **pace, **out}
 
 

@@ -1,9 +1,10 @@
 """Tokens that a layer must always keep."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def protected_tokens(
@@ -49,6 +50,41 @@ def protected_tokens(
             )
         marked |= chosen
     return marked
+
+
+class MarkProtectedTokens(nn.Module):
+    """Wraps a model's first layer and puts ``protected_tokens`` into the dict that it returns.
+
+    Args:
+        layer: Takes token ids ``[B, S]``, or a dict with them under ``"input_ids"``, and returns a dict.
+        token_ids: As for :func:`protected_tokens`.
+        separator_id: As for :func:`protected_tokens`.
+    """
+
+    def __init__(self, layer: nn.Module, *, token_ids: Sequence[int] = (), separator_id: int | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.token_ids = tuple(token_ids)
+        self.separator_id = separator_id
+
+    def forward(self, value: Any) -> dict[str, Any]:
+        """Call the layer and mark the tokens; nothing is marked in eval mode, where none is dropped."""
+        output = self.layer(value)
+        if not isinstance(output, dict):
+            raise ValueError(
+                f"protected tokens travel in the dict that the layers pass on, but {type(self.layer).__name__} returns "
+                f"{type(output).__name__}; let it return a dict with the hidden states under 'hidden'"
+            )
+        if not self.training:
+            return output
+        ids = value.get("input_ids") if isinstance(value, dict) else value
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            raise ValueError(
+                "protected tokens are found by the token ids: the model's input must be integers [batch, tokens], or a "
+                "dict with these under 'input_ids'"
+            )
+        marked = protected_tokens(ids, token_ids=self.token_ids, separator_id=self.separator_id)
+        return {**output, "protected_tokens": marked}
 
 
 def _starts(after_first: Tensor, like: Tensor) -> Tensor:
