@@ -12,10 +12,11 @@ from penstock.pipe.frame import (
     FrameError,
     Header,
     LayoutCache,
+    copy_into,
     read_layout,
     read_positions,
     views,
-    write_frame,
+    write_head,
 )
 from penstock.pipe.value import flatten, unflatten
 
@@ -42,15 +43,17 @@ def send(value: Any, positions: tuple[int, ...] = (), *, apart: bool = False) ->
     structure, tensors = flatten(value)
     layout = LayoutCache().of(structure, tensors, [apart] * len(tensors))
     header = layout.header(ADDRESS, positions)
-    frame = torch.full((header.frame_bytes,), 0xAB, dtype=torch.uint8)
+    frame = torch.full((header.frame_bytes,), 0xAB, dtype=torch.uint8)  # torch's memory is aligned to 64 bytes
     payload = torch.full((header.apart_bytes,), 0xAB, dtype=torch.uint8) if header.apart_bytes else None
-    write_frame(frame, payload, header, layout, positions, tensors)
-    read = Header.read(frame.numpy().data, ADDRESS)
+    memory = frame.numpy().data
+    write_head(memory, header, layout.preamble, positions)
+    copy_into(views(frame.numpy(), payload, header.data_start, layout), tensors)
+    read = Header.read(memory, ADDRESS)
     assert read == header
-    arrived = read_layout(frame, read, LayoutCache())
+    arrived = read_layout(memory, read, LayoutCache())
     assert arrived == layout
-    got = unflatten(arrived.structure, views(frame, payload, read.data_start, arrived))
-    return got, arrived, read_positions(frame, read), frame
+    got = unflatten(arrived.structure, views(frame.numpy(), payload, read.data_start, arrived))
+    return got, arrived, read_positions(memory, read), frame
 
 
 shapes = st.lists(st.integers(0, 4), max_size=4)
@@ -148,7 +151,7 @@ def test_a_header_that_disagrees_with_its_preamble() -> None:
     struct.pack_into("<q", frame.numpy(), 32, 128)
     header = Header.read(frame.numpy().data, ADDRESS)
     with pytest.raises(FrameError, match="announces 128 bytes"):
-        read_layout(frame, header, LayoutCache())
+        read_layout(frame.numpy().data, header, LayoutCache())
 
 
 def test_repeated_layouts_are_looked_up() -> None:

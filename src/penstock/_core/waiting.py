@@ -15,9 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -37,17 +35,47 @@ class WaitError(RuntimeError):
     """A wait ended in an error instead of what was waited for; names rank, stage, micro-batch, action and peer."""
 
 
-@dataclass(frozen=True, slots=True)
 class Wait:
-    """What a process is blocked on."""
+    """What a process is blocked on, for the length of a ``with`` block; made by :meth:`Watcher.waiting`."""
 
-    action: str
-    rank: int
-    stage: int | None = None
-    micro_batch: int | None = None
-    peer: int | None = None
-    deadline_s: float = 0.0
-    since: float = 0.0
+    __slots__ = ("_outer", "_watcher", "action", "deadline_s", "micro_batch", "peer", "rank", "since", "stage")
+
+    def __init__(
+        self,
+        watcher: "Watcher",
+        action: str,
+        stage: int | None,
+        micro_batch: int | None,
+        peer: int | None,
+        deadline_s: float,
+    ) -> None:
+        self.rank = watcher.rank
+        self.action = action
+        self.stage = stage
+        self.micro_batch = micro_batch
+        self.peer = peer
+        self.deadline_s = deadline_s
+        self.since = 0.0
+        self._watcher = watcher
+        self._outer: Wait | None = None
+
+    def __enter__(self) -> None:
+        watcher = self._watcher
+        self.since = time.monotonic()
+        self._outer = watcher._wait
+        watcher._wait = self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # torch.distributed reports lost peers and timeouts as RuntimeError.
+            if isinstance(error, RuntimeError) and not isinstance(error, WaitError):
+                cause = self._watcher._failure_of_a_peer(patience_s=_GRACE_S)
+                detail = f"; the first failure was {cause}" if cause else ""
+                raise WaitError(f"{self}: failed: {error}{detail}") from error
+        finally:
+            self._watcher._wait = self._outer
 
     def __str__(self) -> str:
         parts = [f"rank {self.rank}"]
@@ -123,7 +151,6 @@ class Watcher:
             self._thread.join()
         self._thread = None
 
-    @contextmanager
     def waiting(
         self,
         action: str,
@@ -132,25 +159,12 @@ class Watcher:
         micro_batch: int | None = None,
         peer: int | None = None,
         deadline_s: float | None = None,
-    ) -> Iterator[None]:
+    ) -> Wait:
         """Say what the ``with`` block waits for; a RuntimeError inside it is raised again as a :class:`WaitError`.
 
         Nested waits are watched one at a time, the innermost first.
         """
-        outer = self._wait
-        limit = self.deadline_s if deadline_s is None else deadline_s
-        wait = Wait(action, self.rank, stage, micro_batch, peer, limit, time.monotonic())
-        self._wait = wait
-        try:
-            yield
-        except WaitError:
-            raise
-        except RuntimeError as error:  # torch.distributed reports lost peers and timeouts as RuntimeError
-            cause = self._failure_of_a_peer(patience_s=_GRACE_S)
-            detail = f"; the first failure was {cause}" if cause else ""
-            raise WaitError(f"{wait}: failed: {error}{detail}") from error
-        finally:
-            self._wait = outer
+        return Wait(self, action, stage, micro_batch, peer, self.deadline_s if deadline_s is None else deadline_s)
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks of this rank's failure, so that they stop and print it. The first report counts."""

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from penstock._core.meter import CONTROL, Meter
 from penstock._core.waiting import Watcher
-from penstock.pipe.frame import HEADER_BYTES, Address, Header, LayoutCache, read_layout, views, write_frame
+from penstock.pipe.frame import HEADER_BYTES, Address, Header, LayoutCache, copy_into, read_layout, views, write_head
 from penstock.pipe.value import flatten, to_device, unflatten
 
 
@@ -38,7 +38,8 @@ def broadcast_value(
         layout = cache.of(structure, tensors, [False] * len(tensors))
         header = layout.header(address, ())
         frame = torch.zeros(header.frame_bytes, dtype=torch.uint8)
-        write_frame(frame, None, header, layout, (), tensors)
+        write_head(frame.numpy().data, header, layout.preamble, ())
+        copy_into(views(frame.numpy(), None, header.data_start, layout), tensors)
         head = frame[:HEADER_BYTES].clone()
     with watcher.waiting("broadcast of outputs", peer=None if mine else dist.get_global_rank(group, source)):
         dist.broadcast(head, group=group, group_src=source)
@@ -51,5 +52,5 @@ def broadcast_value(
         meter.count(CONTROL, sent=nbytes)
         return value
     meter.count(CONTROL, received=nbytes)
-    layout = read_layout(frame, header, cache)
-    return to_device(unflatten(layout.structure, views(frame, None, header.data_start, layout)), device)
+    layout = read_layout(frame.numpy().data, header, cache)
+    return to_device(unflatten(layout.structure, views(frame.numpy(), None, header.data_start, layout)), device)

@@ -11,7 +11,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 ALIGNMENT: Final = 64
 """Bytes. Unaligned matrices change the bits of a product, so tensors in a buffer start at multiples of this."""
@@ -19,59 +18,78 @@ ALIGNMENT: Final = 64
 Bytes = npt.NDArray[np.uint8]
 
 
-class _Loan(np.ndarray[Any, np.dtype[np.uint8]]):
-    """A view of a pooled array that a torch storage keeps alive; its end gives the array back."""
+class Buffer:
+    """Memory in all the forms that it is used in.
 
-    lent: tuple[Bytes, deque[Bytes]] | None
+    Attributes:
+        array: The bytes, from a multiple of 64 on.
+        tensor: The same as a uint8 tensor.
+        memory: The same as a memoryview.
+    """
+
+    __slots__ = ("array", "memory", "tensor")
+
+    def __init__(self, nbytes: int) -> None:
+        array = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
+        start = -array.ctypes.data % ALIGNMENT
+        self.array: Bytes = array[start : start + nbytes]
+        self.tensor = torch.from_numpy(self.array)
+        self.memory = self.array.data
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.array.nbytes
+
+
+class _Loan(np.ndarray[Any, np.dtype[np.uint8]]):
+    """A view of a buffer's array that torch storages keep alive; its end gives the buffer back."""
+
+    lent: tuple[Buffer, deque[Buffer]] | None
 
     def __array_finalize__(self, source: Any) -> None:
         self.lent = None
 
     def __del__(self) -> None:
         if self.lent is not None:
-            array, home = self.lent
-            home.append(array)
+            buffer, home = self.lent
+            home.append(buffer)
 
 
 class BufferPool:
-    """Lends byte buffers of one size; the size only grows.
+    """Buffers of one size at a time: the last one asked for. Buffers of another size are let go as they come back.
 
     Fresh memory costs page faults, so buffers are used again, most recently used first. One thread takes buffers; they
     may come back on any.
 
     Attributes:
-        nbytes: Size of the buffers lent now.
         made: How many buffers were allocated so far.
     """
 
     def __init__(self) -> None:
-        self.nbytes = 0
         self.made = 0
-        self._free: deque[Bytes] = deque()
+        self._free: deque[Buffer] = deque()
 
-    def take(self, nbytes: int) -> Tensor:
-        """A uint8 tensor of at least ``nbytes``, starting at a multiple of 64 bytes; contents are arbitrary."""
-        if nbytes > self.nbytes:
-            self.nbytes = round_up(nbytes)
+    def take(self, nbytes: int) -> Buffer:
+        """A buffer of exactly ``nbytes``; contents are arbitrary."""
         while self._free:
-            array = self._free.pop()
-            if array.nbytes == self.nbytes:
-                return self._lend(array)
+            buffer = self._free.pop()
+            if buffer.nbytes == nbytes:
+                return buffer
         self.made += 1
-        return self._lend(_fresh(self.nbytes))
+        return Buffer(nbytes)
 
-    def _lend(self, array: Bytes) -> Tensor:
-        loan = array.view(_Loan)
-        loan.lent = (array, self._free)
-        return torch.frombuffer(loan, dtype=torch.uint8)
+    def give(self, buffer: Buffer) -> None:
+        """Give a buffer back that was taken, and not lent."""
+        self._free.append(buffer)
+
+    def lend(self, buffer: Buffer) -> Bytes:
+        """The array of a buffer for others to look into; the buffer is free when the last view of it is gone."""
+        loan = buffer.array.view(_Loan)
+        loan.lent = (buffer, self._free)
+        return loan
 
 
 def round_up(nbytes: int) -> int:
     """The capacity that holds ``nbytes``: a power of two, at least 4 KiB. Pages that are not touched cost nothing."""
     return max(4096, 1 << (nbytes - 1).bit_length())
-
-
-def _fresh(nbytes: int) -> Bytes:
-    array = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
-    start = -array.ctypes.data % ALIGNMENT
-    return array[start : start + nbytes]

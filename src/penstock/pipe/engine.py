@@ -40,13 +40,14 @@ from penstock.pipe.loss import LossFn, loss_of
 from penstock.pipe.mean import PendingMean
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.program import Program
+from penstock.pipe.receiver import Received
 from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
 from penstock.pipe.schedule.validate import validate
 from penstock.pipe.split_backward import SplitBackward
 from penstock.pipe.stage import Cut, Stage
 from penstock.pipe.step import InFlight, StepResult, StepState
 from penstock.pipe.tied import TiedGradients
-from penstock.pipe.transport import Received, Transport
+from penstock.pipe.transport import Transport
 from penstock.pipe.value import flatten, to_device, unflatten
 from penstock.pipe.weight_work import WeightWork, with_gradients
 
@@ -237,6 +238,7 @@ class PipelineEngine:
 
     def _run(self, program: Program, state: StepState) -> None:
         self._transport.begin(program.messages)
+        compute_seconds = 0.0
         for action, channel in program.steps:
             state.action = action
             stage, op, micro_batch = action
@@ -257,7 +259,8 @@ class PipelineEngine:
                 self._finish_weights(self._untied[stage], state.weight_work.pop((stage, micro_batch)))
             else:
                 state.weight_work.pop((stage, micro_batch)).run()
-            self.meter.add_seconds("compute", time.perf_counter() - start)
+            compute_seconds += time.perf_counter() - start
+        self.meter.add_seconds("compute", compute_seconds)
         state.action = None
 
     def _communicate(self, action: Action, channel: Channel, state: StepState) -> None:

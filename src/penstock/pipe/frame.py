@@ -21,6 +21,7 @@ from math import prod
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -118,15 +119,14 @@ class Header(NamedTuple):
                 f"expected the {expected}, but the message is no frame of version {_VERSION} (it begins with "
                 f"{bytes(frame[:6]).hex()}); all ranks must run the same version of penstock"
             )
-        found = Address(chr(direction), stage, step, micro_batch)
-        if found != expected:
+        if (stage, step, micro_batch) != expected[1:] or direction != ord(expected.direction):
             raise FrameError(
-                f"expected the {expected}, but received the {found}; "
+                f"expected the {expected}, but received the {Address(chr(direction), stage, step, micro_batch)}; "
                 "all ranks must be given the same step, schedule and micro-batches"
             )
         if inline < 0 or apart < 0:
-            raise FrameError(f"the {found} arrived damaged: negative lengths")
-        return cls(found, positions, preamble, inline, apart)
+            raise FrameError(f"the {expected} arrived damaged: negative lengths")
+        return cls(expected, positions, preamble, inline, apart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,24 +135,17 @@ class Layout:
 
     Attributes:
         structure: See :mod:`penstock.pipe.value`.
-        dtypes: Of each tensor.
-        shapes: Of each tensor.
-        strides: Of each tensor: contiguous.
+        places: Of each tensor: dtype, shape, number of elements, offset in bytes from the start of the frame's data or
+            of the payload, and whether it travels in the payload.
         requires_grad: For each tensor, whether the sender wants its gradient.
-        apart: For each tensor, whether it travels in the payload.
-        offsets: In elements, from the start of the frame's data or of the payload.
         inline_bytes: Length of the tensors in the frame.
         apart_bytes: Length of the payload.
         preamble: The bytes that say all this.
     """
 
     structure: Structure
-    dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    strides: tuple[tuple[int, ...], ...]
+    places: tuple[tuple[torch.dtype, tuple[int, ...], int, int, bool], ...]
     requires_grad: tuple[bool, ...]
-    apart: tuple[bool, ...]
-    offsets: tuple[int, ...]
     inline_bytes: int
     apart_bytes: int
     preamble: bytes
@@ -210,38 +203,33 @@ class LayoutCache:
         return layout
 
 
-def write_frame(
-    frame: Tensor,
-    payload: Tensor | None,
-    header: Header,
-    layout: Layout,
-    positions: Sequence[int],
-    tensors: list[Tensor],
-) -> None:
-    """Fill a frame (uint8, on the CPU) and, where some tensors travel apart, the payload."""
-    text = frame.numpy().data
-    header.write(text)
+def write_head(frame: memoryview, header: Header, preamble: bytes, positions: Sequence[int]) -> None:
+    """Write what comes before the tensors."""
+    header.write(frame)
     at = HEADER_BYTES
     if positions:
         at += 8 * len(positions)
-        text[HEADER_BYTES:at] = np.asarray(positions, dtype=np.int64).tobytes()
-    text[at : at + len(layout.preamble)] = layout.preamble
-    for place, tensor in zip(views(frame, payload, header.data_start, layout), tensors, strict=True):
-        place.copy_(tensor.detach())
+        frame[HEADER_BYTES:at] = np.asarray(positions, dtype=np.int64).tobytes()
+    frame[at : at + len(preamble)] = preamble
 
 
-def read_positions(frame: Tensor, header: Header) -> tuple[int, ...]:
+def copy_into(places: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors, which may require gradients, to their places in a frame or payload."""
+    for place, tensor in zip(places, tensors, strict=True):
+        place.copy_(tensor.detach() if tensor.requires_grad else tensor)
+
+
+def read_positions(frame: memoryview, header: Header) -> tuple[int, ...]:
     """The sample positions that a frame carries."""
     if not header.positions:
         return ()
-    array = np.frombuffer(frame.numpy(), dtype=np.int64, count=header.positions, offset=HEADER_BYTES)
-    return tuple(array.tolist())
+    return tuple(np.frombuffer(frame, dtype=np.int64, count=header.positions, offset=HEADER_BYTES).tolist())
 
 
-def read_layout(frame: Tensor, header: Header, cache: LayoutCache) -> Layout:
+def read_layout(frame: memoryview, header: Header, cache: LayoutCache) -> Layout:
     """The layout that a frame's preamble describes, checked against the header."""
     start = HEADER_BYTES + 8 * header.positions
-    layout = cache.parse(frame.numpy()[start : start + header.preamble_bytes].tobytes())
+    layout = cache.parse(bytes(frame[start : start + header.preamble_bytes]))
     if (layout.inline_bytes, layout.apart_bytes) != (header.inline_bytes, header.apart_bytes):
         raise FrameError(
             f"the {header.address} arrived damaged: its header announces {header.inline_bytes} bytes and "
@@ -250,38 +238,35 @@ def read_layout(frame: Tensor, header: Header, cache: LayoutCache) -> Layout:
     return layout
 
 
-def views(frame: Tensor, payload: Tensor | None, data_start: int, layout: Layout) -> list[Tensor]:
+def views(frame: npt.NDArray[np.uint8], payload: Tensor | None, data_start: int, layout: Layout) -> list[Tensor]:
     """The tensors that lie in a frame and its payload. Each has its own version counter: none is a view to autograd."""
-    storage = frame.untyped_storage()
     result = []
-    places = zip(layout.dtypes, layout.shapes, layout.strides, layout.offsets, layout.apart, strict=True)
-    for dtype, shape, stride, offset, apart in places:
+    for dtype, shape, count, offset, apart in layout.places:
         if apart:
             assert payload is not None
             empty = torch.empty(0, dtype=dtype, device=payload.device)
-            result.append(empty.set_(payload.untyped_storage(), offset, shape, stride))
+            strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+            result.append(empty.set_(payload.untyped_storage(), offset // dtype.itemsize, shape, strides))
+        elif count:
+            flat = torch.frombuffer(frame, dtype=dtype, count=count, offset=data_start + offset)
+            result.append(flat.resize_(shape))  # to as many elements: only the shape changes
         else:
-            empty = torch.empty(0, dtype=dtype)
-            result.append(empty.set_(storage, data_start // dtype.itemsize + offset, shape, stride))
+            result.append(torch.empty(shape, dtype=dtype))
     return result
 
 
 def _layout(structure: Structure, described: list[list[Any]], preamble: bytes) -> Layout:
     ends = [0, 0]  # of the tensors in the frame, and of those apart
-    offsets = []
+    places = []
     for name, shape, _, apart in described:
-        itemsize = _DTYPES[name].itemsize
-        offsets.append(ends[apart] // itemsize)
+        dtype, count = _DTYPES[name], prod(shape)
+        places.append((dtype, tuple(shape), count, ends[apart], bool(apart)))
         # An empty tensor has a place too: a payload without bytes could not hold it.
-        ends[apart] += _align(max(1, prod(shape) * itemsize))
+        ends[apart] += _align(max(1, count * dtype.itemsize))
     return Layout(
         structure=structure,
-        dtypes=tuple(_DTYPES[name] for name, _, _, _ in described),
-        shapes=tuple(tuple(shape) for _, shape, _, _ in described),
-        strides=tuple(tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))) for _, shape, _, _ in described),
+        places=tuple(places),
         requires_grad=tuple(bool(grad) for _, _, grad, _ in described),
-        apart=tuple(bool(apart) for _, _, _, apart in described),
-        offsets=tuple(offsets),
         inline_bytes=ends[0],
         apart_bytes=ends[1],
         preamble=preamble,

@@ -12,8 +12,8 @@ from penstock._core.waiting import Watcher
 from penstock._version import __version__
 from penstock.pipe.agreement import agree
 from penstock.pipe.module import PipelineModule
+from penstock.pipe.route import Route
 from penstock.pipe.topology import ProcessTopology
-from penstock.pipe.transport import Route
 
 if TYPE_CHECKING:  # a compiled type: torch.distributed exports it at run time only
     from torch._C._distributed_c10d import Store

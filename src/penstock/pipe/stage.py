@@ -1,7 +1,7 @@
 """The layers that one pipeline stage holds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,8 @@ class Stage(nn.Module):
         self.start = start
         self.stop = start + len(modules)
         self.activation_checkpoint_interval = activation_checkpoint_interval
-        self._device = device or torch.device("cpu")
+        # Kept, as looking for a parameter in every forward pass takes longer than a small layer.
+        self._device = device
         self._ties = {layer: tie for tie in ties for layer in tie.layers if self.start <= layer < self.stop}
         # Kept outside nn.Module's registry: the same modules are registered in ``layers``, perhaps inside wrappers.
         self._canonical = dict(enumerate(modules, start))
@@ -104,8 +105,15 @@ class Stage(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are; without any, the device the stage was built for."""
-        first = next(self.parameters(), None)
-        return self._device if first is None else first.device
+        if self._device is None:
+            first = next(self.parameters(), None)
+            self._device = torch.device("cpu") if first is None else first.device
+        return self._device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._device = None  # moved, perhaps
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, value: Any, key: BatchKey | None = None, cuts: list[Cut] | None = None) -> Any:
         """Run the layers in order.

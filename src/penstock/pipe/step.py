@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.receiver import Received
 from penstock.pipe.schedule import Action
 from penstock.pipe.stage import Cut
-from penstock.pipe.transport import Received
 from penstock.pipe.weight_work import WeightWork
 
 
