@@ -7,8 +7,6 @@ replays the forward later captures the key and enters it again.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,12 +49,17 @@ def current_batch_key() -> BatchKey | None:
     return key
 
 
-@contextmanager
-def entered(key: BatchKey | None) -> Iterator[None]:
+class entered:  # noqa: N801  - used like a function, in every forward pass: a generator would cost more
     """Make ``key`` the current one on this thread for the length of the ``with`` block."""
-    before = current_batch_key()
-    _local.key = key
-    try:
-        yield
-    finally:
-        _local.key = before
+
+    __slots__ = ("_before", "_key")
+
+    def __init__(self, key: BatchKey | None) -> None:
+        self._key = key
+
+    def __enter__(self) -> None:
+        self._before = current_batch_key()
+        _local.key = self._key
+
+    def __exit__(self, *_: object) -> None:
+        _local.key = self._before

@@ -9,7 +9,6 @@ OOPSLA 2014).
 """
 
 import hashlib
-import struct
 from typing import Final
 
 import numpy as np
@@ -36,14 +35,14 @@ def derive(*parts: int | str) -> int:
     """
     if not parts:
         raise ValueError("derive() needs at least one part to make a key from")
-    digest = hashlib.blake2b(digest_size=8)
+    text = bytearray()
     for part in parts:
         if isinstance(part, str):
             encoded = part.encode()
-            digest.update(b"s" + struct.pack("<Q", len(encoded)) + encoded)
+            text += b"s" + len(encoded).to_bytes(8, "little") + encoded
         else:
-            digest.update(b"i" + struct.pack("<Q", int(part) & MASK64))
-    return int.from_bytes(digest.digest(), "little")
+            text += b"i" + (int(part) & MASK64).to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def mix(x: U64Array) -> U64Array:

@@ -119,6 +119,7 @@ class PipelineEngine:
             for stage in local
         }
         self._splits = {stage.index: SplitBackward() for stage in local}
+        self._one: Tensor | None = None
         self._agreed = groups.store is None
 
     @property
@@ -347,7 +348,10 @@ class PipelineEngine:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a backward pass starts from: outputs and their gradients."""
         if stage.is_last:
-            return passed.outputs, [torch.ones_like(passed.outputs[0])]
+            loss = passed.outputs[0]
+            if self._one is None or self._one.dtype != loss.dtype or self._one.device != loss.device:
+                self._one = torch.ones_like(loss)
+            return passed.outputs, [self._one]
         arrived = state.mailbox.pop(("B", stage.index, micro_batch))
         gradients = unflatten(arrived.structure, arrived.tensors)
         return with_gradients(passed.outputs, gradients)

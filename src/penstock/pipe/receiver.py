@@ -68,7 +68,7 @@ class Receiver:
         self._to_post = count
         self._capacity.begin()
         for _ in range(AHEAD):
-            self._post()
+            self.post_next()
 
     def receive(self, address: Address) -> Received:
         """Wait for the next value; see :meth:`penstock.pipe.transport.Transport.receive`."""
@@ -88,8 +88,8 @@ class Receiver:
                 self._route.payload.recv([payload], self.channel.source, TAG_PAYLOAD).wait()
         self.waited_s += time.perf_counter() - start
         self.received_bytes += length + header.apart_bytes
-        # Posted before this value is unpacked, so that the sender may go on.
-        self._post()
+        if not self._posted:
+            self.post_next()
         layout = read_layout(buffer.memory, header, self._layouts)
         positions = read_positions(buffer.memory, header)
         tensors = views(self._pool.lend(buffer), payload, header.data_start, layout)
@@ -104,8 +104,12 @@ class Receiver:
         self._pool.give(first)
         return whole
 
-    def _post(self) -> None:
-        if self._to_post == 0:
+    def post_next(self) -> None:
+        """Post one receive more, unless enough are under way.
+
+        Called when there is time: after the rank has sent what others wait for.
+        """
+        if self._to_post == 0 or len(self._posted) >= AHEAD:
             return
         self._to_post -= 1
         capacity = self._capacity.take()

@@ -1,6 +1,7 @@
 """The layers that one pipeline stage holds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -196,16 +197,17 @@ class Stage(nn.Module):
         return found
 
     def _run(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
+        layers = islice(self.layers.values(), start - self.start, stop - self.start)
         if key is None:
-            for index in range(start, stop):
-                value = self.layers[str(index)](value)
+            for layer in layers:
+                value = layer(value)
             return value
         device = self.device if self.training else None
         with entered(key):
-            for index in range(start, stop):
-                if self.training:
+            for index, layer in enumerate(layers, start):
+                if device is not None:
                     key.seed_layer(index, device)
-                value = self.layers[str(index)](value)
+                value = layer(value)
         return value
 
     def _checkpointed(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:

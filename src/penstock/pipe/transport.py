@@ -84,6 +84,8 @@ class Transport:
             positions: Sample positions to go with it.
         """
         self._senders[channel].send(address, structure, tensors, positions)
+        for receiver in self._receivers.values():
+            receiver.post_next()
 
     def receive(self, channel: Channel, address: Address) -> Received:
         """Wait for the next value of a channel.
