@@ -74,7 +74,7 @@ def test_debug_raises_the_error_itself_here_and_in_launched_processes(monkeypatc
 def test_a_system_error_without_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from penstock.runtime import inspection
 
-    def lose(path: object) -> None:
+    def lose(path: object, **options: object) -> None:
         raise ConnectionResetError("peer")
 
     monkeypatch.setattr(inspection, "inspect_path", lose)
@@ -84,7 +84,7 @@ def test_a_system_error_without_a_file_keeps_its_traceback(monkeypatch: pytest.M
 def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from penstock.runtime import inspection
 
-    def missing(path: Path) -> None:
+    def missing(path: Path, **options: object) -> None:
         path.read_bytes()
 
     monkeypatch.setattr(inspection, "inspect_path", missing)
@@ -95,7 +95,7 @@ def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_notes_say_where_it_happened(monkeypatch: pytest.MonkeyPatch) -> None:
     from penstock.runtime import inspection
 
-    def fail(path: object) -> None:
+    def fail(path: object, **options: object) -> None:
         error = ValueError("the loss is a vector")
         error.add_note("rank 1, stage 1")
         raise error

@@ -6,6 +6,7 @@ the place and the nearest key).
 """
 
 import json
+import math
 import os
 import re
 import types
@@ -22,11 +23,18 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 _SUFFIXES: Final = (".yaml", ".yml", ".json")
 _SHOWN_INPUT: Final = 80
+_DEEPEST: Final = 100
+_MOST_VALUES: Final = 1_000_000
 _PLACE: Final = re.compile(r"[^.=\s]+(\.[^.=\s]+)*")
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: ``1e-3`` is a number (YAML 1.1 makes it a string) and a key may appear once."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= _DEEPEST:  # every level makes all further ones slower
+            raise yaml.YAMLError("nested too deeply")
+        super().fetch_flow_collection_start(token)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -57,11 +65,25 @@ def parse_yaml(text: str) -> Any:
         ValueError: The text is not YAML, holds a tag that would make an object, or repeats a key.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader with one more number format
+        if _written_out(value, {}) > _MOST_VALUES:
+            raise ValueError(f"not valid YAML here: its aliases stand for more than {_MOST_VALUES:,} values")
+        return value
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {error}") from None
     except RecursionError:
         raise ValueError("not valid YAML: nested too deeply") from None
+
+
+def _written_out(value: Any, sizes: dict[int, float]) -> float:
+    """How many values a value holds once its aliases are written out; infinite where one holds itself."""
+    if not isinstance(value, list | dict | tuple | set):
+        return 1
+    if id(value) not in sizes:
+        sizes[id(value)] = math.inf  # until it is known: whoever meets it on the way is inside of it
+        parts = value.values() if isinstance(value, dict) else value
+        sizes[id(value)] = 1 + sum(_written_out(part, sizes) for part in parts)
+    return sizes[id(value)]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

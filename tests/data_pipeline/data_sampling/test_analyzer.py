@@ -96,6 +96,19 @@ def test_an_analysis_drives_a_curriculum(tmp_path: Path) -> None:
         assert sorted(sampler.sample_at(np.arange(5)).tolist()) == [0, 1, 2, 3, 4]
 
 
+def test_an_analysis_of_other_tokens_drives_no_curriculum(tmp_path: Path) -> None:
+    DataAnalyzer([[1] * n for n in (5, 1, 4)], ["seqlen"], tmp_path / "a").run()
+    metric = {
+        "path": str(tmp_path / "a"),
+        "schedule_type": "fixed_discrete",
+        "schedule_config": {"difficulty": [9], "max_step": []},
+    }
+    config = {"strategy": "curriculum", "curriculum": {"metrics": {"seqlen": metric}}}
+    with pytest.raises(ValueError, match="the analysis is of other tokens than this dataset's"):
+        DataSampler([[2] * n for n in (5, 1, 4)], config)
+    DataSampler([[1] * n for n in (5, 1, 4)], config)
+
+
 def test_damage_is_noticed(tmp_path: Path) -> None:
     DataAnalyzer([[1, 2], [3]], output_dir=tmp_path).run()
     path = tmp_path / "seqlen.values.npy"

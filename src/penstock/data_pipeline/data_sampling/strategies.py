@@ -90,6 +90,9 @@ def _over(
         kind = ReplacementOrder if config.replacement else WeightedOrder
         return Strategy(kind(weights, config.seed, config.samples_per_epoch), excluded=int((weights == 0).sum()))
     assert config.curriculum is not None
+    for metric in config.curriculum.metrics.values():
+        if metric.path is not None and _is_analysis(metric.path):
+            Analysis.load(metric.path, verify=False).check_dataset(data)
     return _curriculum(config.curriculum, config, len(data), size, members, progress)
 
 
