@@ -162,14 +162,14 @@ def count(rank: int, world_size: int) -> dict[str, Any]:
     return engine.meter.state_dict()
 
 
-def tally(rank: int, world_size: int) -> tuple[float, float]:
+def tally(rank: int, world_size: int) -> tuple[tuple[float, ...], float]:
     engine = engine_for(rank, world_size, language_model(2), 1, pipe=2)
-    return engine.train_step([batch(0, 0)], step=0, tally=2.0**rank).tally, engine.eval_step([batch(0, 0)])
+    return engine.train_step([batch(0, 0)], step=0, tally=(2.0**rank, 1.0)).tally, engine.eval_step([batch(0, 0)])
 
 
 def test_tallies_add_up_over_all_ranks(pool: WorkerPool) -> None:
     answers = pool.run(tally, 2)
-    assert [tallied for tallied, _ in answers] == [3.0, 3.0]
+    assert [tallied for tallied, _ in answers] == [(3.0, 2.0), (3.0, 2.0)]
     assert answers[0][1] == answers[1][1]
 
 
@@ -182,7 +182,7 @@ def test_bytes_are_counted_by_kind(pool: WorkerPool) -> None:
     assert there["sent"][ACTIVATIONS] > 2 * 4 * 4 * floats
     # An all-reduce over two ranks moves the buffer once each way.
     assert there["sent"][TIED] == here["sent"][TIED] == 2 * 4 * VOCABULARY * WIDTH
-    assert there["sent"][CONTROL] == 2 * 40  # loss, number of losses, tally, what is being done and its square
+    assert there["sent"][CONTROL] == 2 * 32  # loss, number of losses, what is being done and its square
     assert here["seconds"]["wait_forward"] > 0
     assert there["seconds"]["wait_backward"] > 0
 

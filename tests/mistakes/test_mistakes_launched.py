@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from penstock.data_pipeline.data_sampling import IndexedDatasetBuilder
+from penstock.runtime.checkpoint import latest_complete
 
 LIMIT_S = 10.0
 """From the fault to the end of the last process, with a deadline of 5 s."""
@@ -110,3 +111,22 @@ def test_the_end_of_the_launcher_is_the_end_of_its_workers(run: Run, how: signal
     run.launcher.send_signal(how)
     run.until_gone()
     assert run.launcher.returncode != 0
+
+
+@pytest.mark.parametrize("whom", ["the launcher", "one rank"])
+def test_sigterm_finishes_the_step_saves_and_exits(run: Run, whom: str) -> None:
+    if whom == "the launcher":
+        run.launcher.send_signal(signal.SIGTERM)
+    else:
+        ranks = {rank: process for process, rank in run.processes().items()}
+        os.kill(ranks[1], signal.SIGTERM)
+    run.until_gone()
+    text = run.log.read_text()
+    assert run.launcher.returncode == 128 + signal.SIGTERM, text
+    said = re.search(r"stopped by SIGTERM after step (\d+), saved; go on by --resume", text)
+    assert said is not None, text
+    steps = int(said[1])
+    assert len((run.folder / "run" / "metrics.jsonl").read_text().splitlines()) == steps
+    checkpoint = latest_complete(run.folder / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.read_state()["progress"]["step"] == steps

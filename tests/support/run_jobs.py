@@ -103,5 +103,6 @@ def resume_job(
             losses.append(engine.train_batch())
             if engine.progress.step % every == 0:
                 engine.save_checkpoint(folder)
-            (Path(folder) / f"losses_{rank}.txt").open("a").write(f"{engine.progress.step} {losses[-1].hex()}\n")
+            with (Path(folder) / f"losses_{rank}.txt").open("a") as told:
+                told.write(f"{engine.progress.step} {losses[-1].hex()}\n")
     return losses

@@ -36,7 +36,7 @@ from penstock.pipe.broadcast import broadcast_value
 from penstock.pipe.facts import check_fit, engine_facts
 from penstock.pipe.frame import Address
 from penstock.pipe.groups import PipeGroups
-from penstock.pipe.loss import LossFn, loss_of
+from penstock.pipe.loss import LossFn, loss_of, no_loss
 from penstock.pipe.mean import PendingMean
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.program import Program
@@ -127,14 +127,19 @@ class PipelineEngine:
         """For each local stage, why some of its weight gradients cannot wait, as far as split passes have shown."""
         return {index: tuple(split.reasons) for index, split in self._splits.items()}
 
-    def train_step(self, batches: Sequence[MicroBatch], *, step: int, tally: float = 0.0) -> StepResult:
+    def train_step(
+        self, batches: Sequence[MicroBatch], *, step: int, tally: Sequence[float] = (), loss_scale: float = 1.0
+    ) -> StepResult:
         """Forward and backward passes of one step; leaves the gradient of the global batch in ``.grad``.
 
         Args:
             batches: This replica's micro-batches, in order; ranks between the first and the last stage may leave
                 inputs and targets None.
             step: Optimizer step, the same on every rank.
-            tally: A number to add up over all ranks along with the losses, tokens read here for example.
+            tally: Numbers to add up over all ranks along with the losses, tokens read here for example; as many on
+                every rank.
+            loss_scale: What losses are multiplied by before the backward passes and gradients divided by before they
+                are exchanged; the same on every rank. It keeps small float16 gradients from vanishing.
 
         Raises:
             ValueError: A wrong number of micro-batches, a loss that is no scalar, a stage output that cannot be sent,
@@ -143,10 +148,10 @@ class PipelineEngine:
         """
         start = time.perf_counter()
         before = dict(self.meter.seconds)
-        state = StepState(batches, step, backward=True, targets_used=True)
+        state = StepState(batches, step, backward=True, targets_used=True, loss_scale=loss_scale)
         with self._failures_reported(state), self._random_state_kept():
             self._prepare(len(batches), self.micro_batches)
-            weight = 1.0 / (self.micro_batches * self.groups.num_replicas)
+            weight = 1.0 / (self.micro_batches * self.groups.num_replicas * loss_scale)
             self.exchange.begin_step(lambda: weight)
             self._run(self._program, state)
             mean = self._mean_of(state, tally)
@@ -308,16 +313,20 @@ class PipelineEngine:
             return []
         batch = state.batches[micro_batch]
         targets = batch.targets if self.device.type == "cpu" else to_device(batch.targets, self.device)
-        loss = loss_of(output, targets, self.loss_fn, stage=stage.index)
-        if batch.weight != 1.0:
-            loss = loss * batch.weight
+        if batch.weight == 0.0:
+            loss = no_loss(output, stage=stage.index)
+        else:
+            with stage.autocast():
+                loss = loss_of(output, targets, self.loss_fn, stage=stage.index)
+            if batch.weight != 1.0:
+                loss = loss * batch.weight
         if state.backward and not loss.requires_grad:
             raise ValueError(
                 f"stage {stage.index}: the loss depends on no parameter that requires a gradient; "
                 "was it detached, or is every parameter frozen?"
             )
         state.losses.append(loss.detach())
-        return [loss]
+        return [loss * state.loss_scale if state.backward and state.loss_scale != 1.0 else loss]
 
     def _backward(self, stage: Stage, micro_batch: int, state: StepState) -> None:
         passed = state.in_flight.pop((stage.index, micro_batch))
@@ -371,7 +380,7 @@ class PipelineEngine:
         tensors = [tensor.detach() for tensor in value.tensors]
         state.mailbox[direction, to, micro_batch] = Received(value.structure, tensors, wants, value.positions)
 
-    def _mean_of(self, state: StepState, tally: float = 0.0) -> PendingMean:
+    def _mean_of(self, state: StepState, tally: Sequence[float] = ()) -> PendingMean:
         return PendingMean(
             state.losses,
             tally,

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from penstock.pipe.value import flatten
 
 LossFn = Callable[[Any, Any], Any]
 """``loss_fn(output, targets)`` returns a scalar floating-point tensor."""
@@ -46,6 +49,16 @@ def loss_of(output: Any, targets: Any, loss_fn: LossFn | None, *, stage: int) ->
     if not loss.is_floating_point():
         raise ValueError(f"stage {stage}: {source} must return a floating-point loss, got {loss.dtype}")
     return loss
+
+
+def no_loss(output: Any, *, stage: int) -> Tensor:
+    """A zero that depends on the last stage's output, for a micro-batch that counts for nothing.
+
+    Losses are means over the tokens that count; where none does they are NaN, and so would be every gradient.
+    """
+    _, tensors = flatten(output, what=f"the output of stage {stage}")
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    return torch.stack([tensor.sum().double() for tensor in wanted or tensors]).sum() * 0.0
 
 
 def _inside(output: Any) -> Any:

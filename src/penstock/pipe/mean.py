@@ -15,7 +15,7 @@ _STEPS_TOLD_APART: Final = 1 << 15
 
 
 class PendingMean:
-    """A sum over all ranks under way: losses, their number, and a tally.
+    """A sum over all ranks under way: losses, their number, and what a caller tallies.
 
     It starts after a rank's last action and not with its first: an operation that waits in the background counts
     against its group's time limit. Sums are in float64, over one buffer, so every rank is told the same bits.
@@ -26,7 +26,7 @@ class PendingMean:
 
     Args:
         losses: Scalars of this rank; empty on ranks without the last stage.
-        tally: A number to add up over all ranks.
+        tally: Numbers to add up over all ranks, as many on each.
         step: Optimizer step.
         training: Whether this rank trains or evaluates.
         group: All ranks, on gloo; None for a world of one.
@@ -37,7 +37,7 @@ class PendingMean:
     def __init__(
         self,
         losses: Sequence[Tensor],
-        tally: float,
+        tally: Sequence[float],
         *,
         step: int,
         training: bool,
@@ -50,7 +50,7 @@ class PendingMean:
         self._doing = f"{'train' if training else 'evaluat'}ing at step {step}"
         self._ranks = 1 if group is None else dist.get_world_size(group)
         number = 2 * (step % _STEPS_TOLD_APART) + training
-        self._total = torch.tensor([0.0, len(losses), tally, number, number * number], dtype=torch.float64)
+        self._total = torch.tensor([0.0, len(losses), number, number * number, *tally], dtype=torch.float64)
         if losses:
             self._total[0] = torch.stack(list(losses)).double().sum()
         self._work: dist.Work | None = None
@@ -58,8 +58,8 @@ class PendingMean:
             meter.all_reduce(CONTROL, self._total.nbytes, self._ranks)
             self._work = dist.all_reduce(self._total, group=group, async_op=True)
 
-    def wait(self) -> tuple[float, float]:
-        """The mean loss and the sum of tallies.
+    def wait(self) -> tuple[float, tuple[float, ...]]:
+        """The mean loss and the sums of tallies.
 
         Raises:
             ValueError: Not all ranks train, or evaluate, at this step.
@@ -67,10 +67,10 @@ class PendingMean:
         if self._work is not None:
             with self._meter.timed("wait_loss"), self._watcher.waiting("mean loss"):
                 self._work.wait()
-        losses, count, tally, numbers, squares = self._total.tolist()
+        losses, count, numbers, squares, *tally = self._total.tolist()
         if self._ranks * int(squares) != int(numbers) ** 2:
             raise ValueError(
                 f"this rank is {self._doing}, but not all ranks are; "
                 "every rank must call train_batch and eval_batch in the same order"
             )
-        return losses / count, tally
+        return losses / count, tuple(tally)

@@ -1,6 +1,7 @@
 """The layers that one pipeline stage holds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple, Self
 
@@ -63,6 +64,8 @@ class Stage(nn.Module):
         start: Canonical index of the first layer here.
         stop: One past the last.
         layers: The layers by ``str(canonical index)``, as they are called (wrapped, where :meth:`wrap_layers` did so).
+        autocast_dtype: What torch's autocast computes matrix products in, with weights and gradients in their own
+            type; None casts nothing.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Stage(nn.Module):
         self.start = start
         self.stop = start + len(modules)
         self.activation_checkpoint_interval = activation_checkpoint_interval
+        self.autocast_dtype: torch.dtype | None = None
         # Kept, as looking for a parameter in every forward pass takes longer than a small layer.
         self._device = device
         self._ties = {layer: tie for tie in ties for layer in tie.layers if self.start <= layer < self.stop}
@@ -196,7 +200,19 @@ class Stage(nn.Module):
                 found[tie.key] = [(f"{prefix}.{name}", module.get_parameter(name)) for name in tie.attributes]
         return found
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which layers and the loss are computed."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
     def _run(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
+        if self.autocast_dtype is None:
+            return self._run_layers(start, stop, value, key)
+        with self.autocast():
+            return self._run_layers(start, stop, value, key)
+
+    def _run_layers(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
         layers = islice(self.layers.values(), start - self.start, stop - self.start)
         if key is None:
             for layer in layers:

@@ -26,7 +26,7 @@ class StepResult:
     """
 
     loss: float
-    tally: float
+    tally: tuple[float, ...]
     seconds: float
     compute_seconds: float
     bubble_seconds: float
@@ -56,6 +56,7 @@ class StepState:
         number: Optimizer step.
         backward: Whether gradients are wanted.
         targets_used: Whether the last stage computes a loss; otherwise its outputs are kept.
+        loss_scale: What losses are multiplied by before their backward passes.
         mailbox: Values that arrived, by direction, stage and micro-batch.
         outbox: Values to be sent, likewise, by the stage that sends.
         in_flight: By stage and micro-batch, from F to B or I.
@@ -69,6 +70,7 @@ class StepState:
     number: int
     backward: bool
     targets_used: bool
+    loss_scale: float = 1.0
     mailbox: dict[tuple[str, int, int], Received] = field(default_factory=dict)
     outbox: dict[tuple[str, int, int], Received] = field(default_factory=dict)
     in_flight: dict[tuple[int, int], InFlight] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from penstock.runtime.config_sections import (
     CompressionSection,
     DataParallelSection,
     DataSection,
+    FP16Section,
     ModelSection,
     OptimizerSection,
     PipeSection,
@@ -57,7 +58,9 @@ class TrainConfig(Section):
         seed: Decides every random choice of the run.
         output: Directory of the run: checkpoints, ``metrics.jsonl``, summary. None writes nothing.
         deadline_s: How long any wait for another process may last, in seconds.
-        precision: ``float32`` or ``float64``.
+        precision: ``float32``, ``float64``, ``bf16`` or ``fp16``. The latter two keep weights, gradients and the
+            optimizer in float32 and compute matrix products in 16 bits, by torch's autocast.
+        fp16: Loss scaling, with ``precision: fp16``.
         model: The reference model; None when a model object is given.
         pipe: Stages and schedule.
         data_parallel: Replicas.
@@ -74,6 +77,7 @@ class TrainConfig(Section):
     output: str | None = None
     deadline_s: float = Field(default=300.0, gt=0)
     precision: str = "float32"
+    fp16: FP16Section = Field(default_factory=FP16Section)
     model: ModelSection | None = None
     pipe: PipeSection = Field(default_factory=PipeSection)
     data_parallel: DataParallelSection = Field(default_factory=DataParallelSection)
@@ -103,6 +107,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if "fp16" in self.model_fields_set and self.precision != "fp16":
+            raise ValueError(
+                f"fp16 sets loss scaling, which precision={self.precision} does not use; "
+                "set precision: fp16, or remove the section"
+            )
         self._check_batches()
         self._check_lengths()
         self._check_exchange()

@@ -15,8 +15,9 @@ OWNS_EXCHANGE: Final = frozenset({"onebit_adam"})
 """Optimizers that communicate over the replicas themselves, so that no averaged gradient exists."""
 DECAYS: Final = ("constant", "cosine", "linear")
 MODELS: Final = ("gpt",)
-PRECISIONS: Final = ("float32", "float64")
-_LATER_PRECISIONS: Final = ("bf16", "bfloat16", "fp16", "float16", "half")
+PRECISIONS: Final = ("float32", "float64", "bf16", "fp16")
+LOSS_WEIGHTINGS: Final = ("tokens", "micro_batches")
+_OTHER_NAMES: Final = {"fp32": "float32", "fp64": "float64", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
 
 def _one_of(kind: str, known: tuple[str, ...]) -> Callable[[str], str]:
@@ -149,6 +150,9 @@ class TrainSection(Section):
         log_every: Steps between lines of the display where there is no terminal.
         checkpoint_every: Steps between checkpoints; 0 writes one at the end only.
         keep_checkpoints: Newest complete checkpoints that are kept.
+        loss_weighting: ``tokens`` weighs micro-batches by the labels that count (those that are not -100), so the loss
+            is the mean over all real tokens of the global batch; ``micro_batches`` weighs them alike. A model that
+            returns its loss itself keeps its labels to itself: there they weigh alike.
     """
 
     global_batch_size: int = Field(ge=1)
@@ -160,6 +164,9 @@ class TrainSection(Section):
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
+    loss_weighting: str = "tokens"
+
+    _known_weighting = field_validator("loss_weighting")(_one_of("loss weighting", LOSS_WEIGHTINGS))
 
     @model_validator(mode="after")
     def _check_length_and_batch(self) -> Self:
@@ -297,11 +304,45 @@ class ScheduleSection(Section):
         return self
 
 
+class FP16Section(Section):
+    """Loss scaling with ``precision: fp16``; the keys and rules are those of DeepSpeed's ``fp16`` section.
+
+    Attributes:
+        loss_scale: A fixed scale; 0 adapts it to what the gradients do.
+        initial_scale_power: The first scale is 2 to this power.
+        loss_scale_window: Steps without overflow after which the scale doubles.
+        hysteresis: Overflows until the scale halves; steps that overflow are skipped all the same.
+        consecutive_hysteresis: Whether a step without overflow makes up for earlier overflows.
+        min_loss_scale: The smallest scale; an overflow there ends the run.
+    """
+
+    loss_scale: float = Field(default=0.0, ge=0)
+    initial_scale_power: int = Field(default=16, ge=0, le=60)
+    loss_scale_window: int = Field(default=1000, ge=1)
+    hysteresis: int = Field(default=2, ge=1)
+    consecutive_hysteresis: bool = False
+    min_loss_scale: float = Field(default=1.0, gt=0)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale adapts."""
+        return self.loss_scale == 0.0
+
+    @property
+    def initial_scale(self) -> float:
+        """The scale of the first step."""
+        return 2.0**self.initial_scale_power if self.dynamic else self.loss_scale
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> Self:
+        if self.dynamic and self.initial_scale < self.min_loss_scale:
+            raise ValueError(
+                f"initial_scale_power={self.initial_scale_power} starts at a scale of {self.initial_scale:g}, below "
+                f"min_loss_scale={self.min_loss_scale:g}; raise the one or lower the other"
+            )
+        return self
+
+
 def check_precision(value: str) -> str:
-    """Refuse a precision that the engine does not train in."""
-    if value in _LATER_PRECISIONS:
-        raise ValueError(
-            f"precision {value!r}: this version trains in float32 or float64 only; take float32 "
-            "(the gradients on the wire may still be 16-bit: compression.algorithm: bf16)"
-        )
-    return _one_of("precision", PRECISIONS)(value)
+    """The canonical name of a precision that the engine trains in."""
+    return _one_of("precision", PRECISIONS)(_OTHER_NAMES.get(value, value))

@@ -1,5 +1,6 @@
 """The run that composes the four parts: batches in order, stages, exchange, optimizer, ledger."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ from penstock.pipe.step import StepResult
 from penstock.runtime import batches
 from penstock.runtime.clipping import clip_, global_norm, largest
 from penstock.runtime.engine_state import load, save
-from penstock.runtime.gather import gather_json
+from penstock.runtime.gather import any_rank, gather_json
 from penstock.runtime.ledger import chain, merge
+from penstock.runtime.loss_weighting import weigh_by_tokens
 from penstock.runtime.parts import Parts, Progress
+from penstock.runtime.stopping import StopRequest
 from penstock.runtime.summary import summarize
 
 
@@ -41,6 +44,9 @@ class StepReport:
         gradient_norm: Global norm before clipping; None without clipping.
         seconds: Wall-clock of the step on this rank.
         bubble_seconds: Of these, waiting for neighbours in the pipeline.
+        loss_scale: What the next step's loss is scaled by; None but in float16.
+        skipped: Whether gradients overflowed in float16, so that the weights stayed as they were. The batch counts as
+            consumed all the same.
     """
 
     step: int
@@ -53,6 +59,8 @@ class StepReport:
     gradient_norm: float | None
     seconds: float
     bubble_seconds: float
+    loss_scale: float | None = None
+    skipped: bool = False
 
 
 class Engine:
@@ -68,6 +76,9 @@ class Engine:
         progress: Steps, samples and tokens so far.
         ledger: What was spent.
         last: Report of the last training step, or None.
+        stop_request: Whether this process was asked to stop; ``with engine.stop_request.listening():`` listens for
+            SIGTERM.
+        stopping: Whether any process had been asked to stop when the last step ended; the same on every rank.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -78,6 +89,8 @@ class Engine:
         self.progress = Progress()
         self.ledger = parts.rates.ledger
         self.last: StepReport | None = None
+        self.stop_request = StopRequest()
+        self.stopping = False
 
     @property
     def rank(self) -> int:
@@ -116,16 +129,25 @@ class Engine:
             self.optimizer.zero_grad()  # a step that ended in an error leaves gradients behind
             kept = None if parts.dropping is None else parts.dropping.update(progress.step, progress.tokens)
             micro_batches, consumed = self._training_batches(data_iter)
+            micro_batches = self._weighted(micro_batches)
             read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.is_first else 0
-            result = parts.pipeline.train_step(micro_batches, step=progress.step, tally=read)
-            tokens = round(result.tally)
-            self._check_finite("loss", result.loss)
-            norm = self._clip()
+            result = parts.pipeline.train_step(
+                micro_batches,
+                step=progress.step,
+                tally=(read, self.stop_request.heard),
+                loss_scale=1.0 if parts.scaler is None else parts.scaler.scale,
+            )
+            tokens, self.stopping = round(result.tally[0]), result.tally[1] > 0
+            skipped = self._overflowed(result.loss)
+            if not skipped:
+                self._check_finite("loss", result.loss)
+            norm = None if skipped else self._clip()
             layer_tokens = 0 if parts.dropping is None or kept is None else parts.dropping.layer_tokens(tokens, kept)
             lr = self._set_lr(tokens, layer_tokens)
-            self.optimizer.step()
+            if not skipped:
+                self.optimizer.step()
             self.optimizer.zero_grad()
-            self._advance(started, kept, lr, norm, tokens, result)
+            self._advance(started, kept, lr, norm, tokens, result, skipped=skipped)
             progress.layer_tokens += layer_tokens
             progress.read.add(consumed)
         return result.loss
@@ -138,7 +160,7 @@ class Engine:
         """
         parts = self.parts
         with self._told("eval_batch"):
-            micro_batches = self._given_batches(data_iter)
+            micro_batches = self._weighted(self._given_batches(data_iter))
             return parts.pipeline.eval_step(micro_batches, step=self.progress.step)
 
     def predict_batch(self, data_iter: Iterator[Any]) -> list[Any]:
@@ -256,6 +278,32 @@ class Engine:
         targets_needed = parts.pipeline.loss_fn is not None
         return batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=targets_needed)
 
+    def _weighted(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Micro-batches that count by their labels, unless they count alike."""
+        parts = self.parts
+        if self.config.train.loss_weighting == "micro_batches" or parts.pipeline.loss_fn is None:
+            return micro_batches
+        return weigh_by_tokens(
+            micro_batches,
+            is_last=parts.cut.is_last,
+            total_micro_batches=parts.cut.micro_batches * parts.cut.replicas,
+            group=parts.groups.control,
+            watcher=parts.watcher,
+            meter=parts.meter,
+        )
+
+    def _overflowed(self, loss: float) -> bool:
+        """With float16: whether a gradient anywhere is not finite, so that the step must be skipped."""
+        parts = self.parts
+        if parts.scaler is None:
+            return False
+        here = not (math.isfinite(loss) and math.isfinite(largest(self.stage.parameters())))
+        overflowed = any_rank(
+            here, what="overflow of gradients", group=parts.groups.control, watcher=parts.watcher, meter=parts.meter
+        )
+        parts.scaler.update(overflowed=overflowed)
+        return overflowed
+
     def _check_finite(self, what: str, value: float) -> None:
         if value - value != 0.0:  # NaN and both infinities
             raise NotFiniteError(
@@ -288,7 +336,15 @@ class Engine:
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
 
     def _advance(
-        self, started: float, kept: int | None, lr: float, norm: float | None, tokens: int, result: StepResult
+        self,
+        started: float,
+        kept: int | None,
+        lr: float,
+        norm: float | None,
+        tokens: int,
+        result: StepResult,
+        *,
+        skipped: bool,
     ) -> None:
         parts, progress = self.parts, self.progress
         difficulty = {} if parts.order is None else dict(parts.order.difficulty_at(progress.samples))
@@ -308,4 +364,6 @@ class Engine:
             gradient_norm=norm,
             seconds=seconds,
             bubble_seconds=result.bubble_seconds,
+            loss_scale=None if parts.scaler is None else parts.scaler.scale,
+            skipped=skipped,
         )

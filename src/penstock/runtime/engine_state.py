@@ -57,6 +57,7 @@ def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None)
                 "penstock_version": __version__,
                 "progress": {name: getattr(progress, name) for name in _PROGRESS},
                 "consumed": progress.accounts,
+                "loss_scaler": None if parts.scaler is None else parts.scaler.state_dict(),
                 "layout": layout(parts),
                 "config": parts.config.to_dict(),
                 "order": None if parts.order is None else parts.order.order_state(),
@@ -89,6 +90,8 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
                 checkpoint.path,
                 len(checkpoint.ranks),
             )
+    if parts.scaler is not None and state.get("loss_scaler") is not None:
+        parts.scaler.load_state_dict(state["loss_scaler"])
     progress.step = int(state["progress"]["step"])
     progress.samples = int(state["progress"]["samples"])
     if parts.order is not None and state["order"] is not None:

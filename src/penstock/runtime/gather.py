@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from penstock._core.meter import CONTROL, Meter
+from penstock._core.waiting import Watcher
 
 
 def gather_json(value: Any, *, group: dist.ProcessGroup | None = None, meter: Meter | None = None) -> list[Any]:
@@ -35,3 +36,22 @@ def gather_json(value: Any, *, group: dist.ProcessGroup | None = None, meter: Me
         meter.all_gather(CONTROL, width + sizes.element_size(), ranks)
     rows = everyone.view(ranks, width).cpu()
     return [json.loads(bytes(rows[rank, : int(sizes[rank])].tolist())) for rank in range(ranks)]
+
+
+def any_rank(here: bool, *, what: str, group: dist.ProcessGroup | None, watcher: Watcher, meter: Meter) -> bool:
+    """Whether something holds on any rank; every rank of the group calls it.
+
+    Args:
+        here: Whether it holds on this one.
+        what: For the watcher.
+        group: Who takes part, on gloo; None for a world of one.
+        watcher: Told of the wait.
+        meter: Where the bytes are counted.
+    """
+    if group is None:
+        return here
+    flag = torch.tensor(here, dtype=torch.int32)
+    with watcher.waiting(what):
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
+    meter.all_reduce(CONTROL, flag.nbytes, dist.get_world_size(group))
+    return bool(flag)

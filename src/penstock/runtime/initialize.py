@@ -22,6 +22,7 @@ from penstock.runtime.batches import Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
 from penstock.runtime.ledger_rates import Rates
+from penstock.runtime.loss_scaler import LossScaler
 from penstock.runtime.optimizers import OptimizerFactory, check_parameters, optimizer_factory, parameter_groups
 from penstock.runtime.parts import Parts
 from penstock.runtime.plain_model import plain_stage
@@ -31,7 +32,8 @@ from penstock.runtime.run_facts import run_facts
 from penstock.runtime.same_start import copy_from_first_replica
 from penstock.runtime.shared_parameters import SharedParameters
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The watcher's own message says more than torch's, so it is to come first.
 _TORCH_TIMEOUT_FACTOR = 2
 
@@ -105,6 +107,7 @@ def initialize(
             stage = plain_stage(model, device=process.device, dtype=dtype)
         else:
             stage = module.build_stage(groups.pipe_rank, device=process.device, dtype=dtype)
+        stage.autocast_dtype = _AUTOCAST.get(settings.precision)
         copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
@@ -151,6 +154,7 @@ def initialize(
                 rates=Rates.of(module, stage, ready.dropping, cut, meter),
                 training_data=ready.dataset,
                 order=ready.order,
+                scaler=LossScaler(settings.fp16) if settings.precision == "fp16" else None,
                 collate=partial(collate_samples, targets_needed=ready.loss_fn is not None),
             )
         )

@@ -4,6 +4,7 @@ Under ``torchrun``, SLURM or Kubernetes the processes exist already and find eac
 :func:`launched` is true and nothing is started.
 """
 
+import math
 import os
 import signal
 import sys
@@ -14,7 +15,6 @@ from typing import Final
 # glibc gives big blocks back to the kernel at every free and faults them in again at every malloc. A training step
 # frees and allocates the same sizes over and over, so launched processes keep them.
 _ALLOCATOR: Final = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-_SHUTDOWN_S: Final = 5
 
 
 def launched() -> bool:
@@ -22,7 +22,7 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(arguments: Sequence[str], *, processes: int) -> int:
+def launch(arguments: Sequence[str], *, processes: int, shutdown_s: float) -> int:
     """Run ``python -m penstock ARGUMENTS`` in ``processes`` ranks on this machine and wait for them.
 
     When one rank fails the launcher ends the others.
@@ -30,13 +30,16 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
     Args:
         arguments: The command line after ``penstock``.
         processes: How many ranks; at least 1.
+        shutdown_s: When SIGTERM comes here it is passed on to the ranks, which then have this long, in seconds, to
+            finish their step and save before they are killed.
 
     Returns:
-        0 when all ranks ended well, else the exit code of the first that failed (1 if a signal ended it).
+        0 when all ranks ended well, else the exit code of the first that failed (1 if a signal ended it); where this
+        process itself was sent a signal, 128 plus its number.
     """
     if processes < 1:
         raise ValueError(f"cannot launch {processes} processes; at least 1 is needed")
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -53,10 +56,12 @@ def launch(arguments: Sequence[str], *, processes: int) -> int:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(),
         local_addr="127.0.0.1",
-        shutdown_timeout=_SHUTDOWN_S,
+        shutdown_timeout=math.ceil(shutdown_s),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "penstock", *arguments)
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"penstock: rank {rank} failed first, {_ending(failure.exitcode)}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """``penstock train`` and ``penstock eval``: a whole run, from a configuration to a checkpoint and a summary."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ from penstock.runtime.run_directory import (
     SUMMARY_NAME,
 )
 from penstock.runtime.run_facts import flat
+from penstock.runtime.stopping import EXIT_CODE
 from penstock.runtime.summary import render
 
 DEFAULT_OUTPUT: Final = Path("runs/demo")
@@ -90,11 +92,12 @@ def train(
     if config.data.heldout is not None:
         heldout_windows(config)
     if processes == 1:
-        _train(config, folder, resume=resume)
-        return 0
+        return _train(config, folder, resume=resume)
     arguments = ["train", *([str(config_path)] if config_path else []), "--output", str(folder)]
     arguments += [part for override in overrides for part in ("--set", override)]
-    return launch([*arguments, *(["--resume"] if resume else ["--overwrite"])], processes=processes)
+    return launch(
+        [*arguments, *(["--resume"] if resume else ["--overwrite"])], processes=processes, shutdown_s=config.deadline_s
+    )
 
 
 def evaluate(run: Path, overrides: Sequence[str] = ()) -> HeldOut:
@@ -140,10 +143,10 @@ def _join(
     config, folder = _load(config_path, overrides, output)
     # Nothing is written before all ranks have met, so all of them see the directory as it was.
     _check_directory(folder, resume=resume, overwrite=overwrite)
-    _train(config, folder, resume=resume)
+    code = _train(config, folder, resume=resume)
     if process is not None:
         process.leave()
-    return 0
+    return code
 
 
 def _source(config_path: Path | None, output: Path | None, *, resume: bool) -> Path | None:
@@ -216,7 +219,8 @@ def _check_vocabulary(config: TrainConfig) -> None:
             )
 
 
-def _train(config: TrainConfig, folder: Path, *, resume: bool) -> None:
+def _train(config: TrainConfig, folder: Path, *, resume: bool) -> int:
+    """Train, evaluate and summarize; after SIGTERM only save. Returns the exit code."""
     windows = None if config.data.heldout is None else heldout_windows(config)
     with initialize(_model(config), config) as engine:
         chief = engine.rank == 0
@@ -236,12 +240,17 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool) -> None:
             write_json(folder / CONFIG_NAME, config.to_dict())
         log = MetricsLog(folder / METRICS_NAME, resume_step=engine.progress.step) if chief else None
         display = Display(config.total_steps, log_every=config.train.log_every, enabled=chief)
-        with display:
+        with display, engine.stop_request.listening():
             _loop(engine, display, log, checkpoints, windows)
         if log is not None:
             log.close()
+        if engine.progress.step < config.total_steps:
+            if chief:
+                _say(f"stopped by SIGTERM after step {engine.progress.step}, saved; go on by --resume")
+            return EXIT_CODE
         result = None if windows is None else evaluate_engine(engine, windows)
         _finish(engine, folder, result)
+    return 0
 
 
 def _loop(
@@ -249,14 +258,22 @@ def _loop(
 ) -> None:
     train = engine.config.train
     total = engine.config.total_steps
-    while engine.progress.step < total:
+    while engine.progress.step < total and not engine.stopping:
         engine.train_batch()
         report = engine.last
         assert report is not None
         sent = sum(engine.parts.meter.sent.values())
-        record = {**asdict(report), "bytes_sent": sent}
+        record: dict[str, Any] = {**asdict(report), "bytes_sent": sent}
+        if not math.isfinite(report.loss):  # a skipped step's; JSON has no such number
+            record["loss"] = None
         done = engine.progress.step
-        if windows is not None and train.eval_every and done % train.eval_every == 0 and done < total:
+        if (
+            windows is not None
+            and train.eval_every
+            and done % train.eval_every == 0
+            and done < total
+            and not engine.stopping
+        ):
             record["heldout_loss"] = heldout_loss(engine, windows)[0]
             display.note(f"step {done}  held-out loss {record['heldout_loss']:.4f}")
             if engine.report_validation(record["heldout_loss"]):
@@ -264,7 +281,7 @@ def _loop(
         display.update(report, bytes_sent=sent)
         if log is not None:
             log.write(record)
-        if done == total or (train.checkpoint_every and done % train.checkpoint_every == 0):
+        if done == total or engine.stopping or (train.checkpoint_every and done % train.checkpoint_every == 0):
             engine.save_checkpoint(checkpoints, keep=train.keep_checkpoints)
 
 

@@ -18,6 +18,7 @@ from penstock.runtime.batches import Collate, Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.dropping import Dropping
 from penstock.runtime.ledger_rates import Rates
+from penstock.runtime.loss_scaler import LossScaler
 from penstock.runtime.lr_schedule import LRSchedule
 from penstock.runtime.process import Process
 from penstock.runtime.shared_parameters import SharedParameters
@@ -76,6 +77,7 @@ class Parts:
     cut: Cut
     dropping: Dropping | None
     rates: Rates
+    scaler: LossScaler | None = None
     training_data: Any = None
     order: DataSampler | None = None
     collate: Collate = collate_samples

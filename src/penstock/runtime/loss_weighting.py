@@ -1,0 +1,77 @@
+"""Weights of micro-batches that hold different numbers of real tokens.
+
+A loss function returns the mean over the tokens of its micro-batch. The mean over a global batch is not the mean of
+these means unless all of them cover as many tokens: with padding or packed documents it is::
+
+    sum over micro-batches of  tokens_i * loss_i   /   sum over micro-batches of  tokens_i
+
+over all replicas. So micro-batch ``i`` of ``M`` gets the weight ``tokens_i * M / all tokens``; where all hold the same
+number it is exactly 1.0 and changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from penstock._core.meter import CONTROL, Meter
+from penstock._core.waiting import Watcher
+from penstock.pipe.micro_batch import MicroBatch
+
+IGNORED: Final = -100
+"""The label that torch's and Hugging Face's losses leave out."""
+
+
+def count_labels(targets: Any) -> int:
+    """Tokens that a loss covers: labels other than -100 in the first integer tensor, else rows of the first tensor."""
+    tensors = [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        if not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool:
+            return int((tensor != IGNORED).sum())
+    return tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+
+
+def weigh_by_tokens(
+    batches: Sequence[MicroBatch],
+    *,
+    is_last: bool,
+    total_micro_batches: int,
+    group: dist.ProcessGroup | None,
+    watcher: Watcher,
+    meter: Meter,
+) -> list[MicroBatch]:
+    """The micro-batches with their weights; every rank calls it.
+
+    Args:
+        batches: This replica's micro-batches.
+        is_last: Whether this rank holds the last stage, where losses are computed.
+        total_micro_batches: Over all replicas.
+        group: All ranks, on gloo; None for a world of one.
+        watcher: Told of the wait.
+        meter: Counts the bytes (``control``).
+
+    Raises:
+        ValueError: No micro-batch of the global batch has a token.
+    """
+    counts = [count_labels(batch.targets) if is_last else 0 for batch in batches]
+    total = torch.tensor(sum(counts), dtype=torch.int64)
+    if group is not None:
+        with watcher.waiting("number of real tokens in the global batch"):
+            dist.all_reduce(total, group=group)
+        meter.all_reduce(CONTROL, total.nbytes, dist.get_world_size(group))
+    tokens = int(total)
+    if tokens == 0:
+        raise ValueError(
+            f"no label in the global batch of {total_micro_batches} micro-batches is real (all are {IGNORED}); "
+            "leave such samples out, or look at how labels are made"
+        )
+    if not is_last:
+        return list(batches)
+    return [
+        replace(batch, weight=batch.weight * (n * total_micro_batches / tokens))
+        for batch, n in zip(batches, counts, strict=True)
+    ]
