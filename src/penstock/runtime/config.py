@@ -107,7 +107,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if "fp16" in self.model_fields_set and self.precision != "fp16":
+        if self.fp16 != FP16Section() and self.precision != "fp16":
             raise ValueError(
                 f"fp16 sets loss scaling, which precision={self.precision} does not use; "
                 "set precision: fp16, or remove the section"
