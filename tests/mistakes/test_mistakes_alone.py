@@ -276,9 +276,9 @@ MISTAKES = [
         ("curiculum", "curriculum"),
     ),
     Mistake(
-        "half precision",
-        lambda f: start(f, precision="bf16"),
-        ("precision 'bf16'", "float32", "compression.algorithm: bf16"),
+        "a precision there is not",
+        lambda f: start(f, precision="fp8"),
+        ("precision 'fp8'", "fp16"),
     ),
     # Processes
     Mistake(

@@ -67,7 +67,7 @@ def _sorted_run(values: npt.NDArray[Any], start: int, run: int, scratch: Path) -
     keys, samples = scratch / f"{start}.keys.npy", scratch / f"{start}.samples.npy"
     np.save(keys, part[order], allow_pickle=False)
     np.save(samples, order + start, allow_pickle=False)
-    return _Run(np.load(keys, mmap_mode="r"), np.load(samples, mmap_mode="r"))
+    return _Run(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in (keys, samples)))
 
 
 def _splitters(runs: list[_Run], run: int) -> npt.NDArray[Any]:
