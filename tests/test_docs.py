@@ -21,6 +21,7 @@ from penstock.data_pipeline.data_sampling.pacing import PacingConfig
 from penstock.data_pipeline.data_sampling.subset import SubsetConfig
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import ModelSection
+from penstock.runtime.local_updates_section import LocalUpdatesSection
 from penstock.runtime.random_ltd_section import RandomLTDSection
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -76,6 +77,7 @@ def test_the_reference_has_every_key_of_a_run_with_its_default() -> None:
         **dict(keys_of(TrainConfig)),
         **dict(keys_of(ModelSection, "model.")),
         **dict(keys_of(RandomLTDSection, "random_ltd.")),
+        **dict(keys_of(LocalUpdatesSection, "local_updates.")),
         **dict(keys_of(SamplingConfig, "sampling.")),
         **dict(keys_of(SubsetConfig, "sampling.subset.")),
         **dict(keys_of(CurriculumConfig, "sampling.curriculum.")),

@@ -1,6 +1,7 @@
 """What the rooms agree on without importing one another."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -65,6 +66,17 @@ class OwnsExchange(Protocol):
 
     def load_error_state(self, state: dict[str, Any]) -> Any:
         """Restore what :meth:`error_state` returned on the same layout, copying into existing storage."""
+
+    def load_error_states(self, states: Sequence[dict[str, Any]]) -> Any:
+        """Take over what another number of replicas owed: :meth:`error_state` of each, in the order of the ranks."""
+
+
+@runtime_checkable
+class HasCommonWeights(Protocol):
+    """Something under which the replicas' parameters differ between exchanges."""
+
+    def common_weights(self) -> AbstractContextManager[None]:
+        """Within it the parameters are those on which all replicas agree."""
 
 
 @runtime_checkable

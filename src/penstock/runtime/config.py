@@ -25,13 +25,14 @@ from penstock.runtime.config_sections import (
     DataSection,
     FP16Section,
     ModelSection,
-    OptimizerSection,
     PipeSection,
     ScheduleSection,
     Section,
     TrainSection,
     check_precision,
 )
+from penstock.runtime.local_updates_section import LocalUpdatesSection
+from penstock.runtime.optimizer_section import OptimizerSection
 from penstock.runtime.random_ltd_section import RandomLTDSection
 
 _SAMPLER_KEYS_OF_THE_RUN: Final = {
@@ -69,6 +70,7 @@ class TrainConfig(Section):
         sampling: Handed to :class:`penstock.data_pipeline.data_sampling.DataSampler`: strategy, seed, curriculum.
         random_ltd: Token dropping; None drops nothing.
         compression: Gradients on the wire.
+        local_updates: Replicas that train apart and meet now and then; None exchanges at every step.
         optimizer: The optimizer.
         schedule: The learning rate.
     """
@@ -86,6 +88,7 @@ class TrainConfig(Section):
     sampling: dict[str, Any] = Field(default_factory=dict)
     random_ltd: RandomLTDSection | None = None
     compression: CompressionSection = Field(default_factory=CompressionSection)
+    local_updates: LocalUpdatesSection | None = None
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
 
@@ -115,6 +118,7 @@ class TrainConfig(Section):
         self._check_batches()
         self._check_lengths()
         self._check_exchange()
+        self._check_local_updates()
         self._check_dropping()
         return self
 
@@ -219,6 +223,43 @@ class TrainConfig(Section):
                     f"{name}={value} is more than the run's {self.total_steps} steps, so nothing would be compressed; "
                     f"lower it (for example to {max(1, self.total_steps // 5)}) or train longer"
                 )
+
+    def _check_local_updates(self) -> None:
+        section = self.local_updates
+        if section is None:
+            return
+        if self.optimizer.owns_exchange:
+            raise ValueError(
+                f"local_updates and optimizer.name={self.optimizer.name} would both exchange; keep one: "
+                "optimizer.name: adamw with local_updates, or no local_updates"
+            )
+        if self.compression.algorithm != "none":
+            raise ValueError(
+                f"compression.algorithm={self.compression.algorithm} is about gradients, of which none are exchanged "
+                f"with local_updates; name it there: local_updates.algorithm: {self.compression.algorithm}"
+            )
+        steps, period, fragments = self.total_steps, section.period, section.number_of_fragments
+        if period > steps:
+            raise ValueError(
+                f"local_updates.period={period} is more than the run's {steps} steps, so nothing would be exchanged; "
+                "lower it or train longer"
+            )
+        if fragments > period:
+            raise ValueError(
+                f"local_updates.fragments={fragments} take turns within period={period} steps, one after a step at "
+                f"most; take fewer fragments or a period of at least {fragments}"
+            )
+        if section.overlap is not None and section.overlap >= period:
+            raise ValueError(
+                f"local_updates.overlap={section.overlap} must be less than period={period}: a fragment is received "
+                "before it is sent again"
+            )
+        if fragments == 1 and not section.overlap and steps % period:
+            below, above = steps // period * period, -(-steps // period) * period
+            raise ValueError(
+                f"the run's {steps} steps are not a multiple of local_updates.period={period}: what the replicas learn "
+                f"in the last {steps - below} would be lost; train {below} or {above} steps"
+            )
 
     def _check_dropping(self) -> None:
         section, length = self.random_ltd, self.sequence_length

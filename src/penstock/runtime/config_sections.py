@@ -10,9 +10,6 @@ from penstock.compression.registry import create_compression_algorithm
 from penstock.models.gpt_config import GPTConfig, PositionKind
 from penstock.pipe.schedule import SCHEDULES, load_schedule
 
-OPTIMIZERS: Final = ("adamw", "onebit_adam")
-OWNS_EXCHANGE: Final = frozenset({"onebit_adam"})
-"""Optimizers that communicate over the replicas themselves, so that no averaged gradient exists."""
 DECAYS: Final = ("constant", "cosine", "linear")
 MODELS: Final = ("gpt",)
 PRECISIONS: Final = ("float32", "float64", "bf16", "fp16")
@@ -20,7 +17,7 @@ LOSS_WEIGHTINGS: Final = ("tokens", "micro_batches")
 _OTHER_NAMES: Final = {"fp32": "float32", "fp64": "float64", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
 
-def _one_of(kind: str, known: tuple[str, ...]) -> Callable[[str], str]:
+def one_of(kind: str, known: tuple[str, ...]) -> Callable[[str], str]:
     """A check that ``value`` is one of the known names."""
 
     def check(value: str) -> str:
@@ -63,7 +60,7 @@ class ModelSection(Section):
     init_std: float = 0.02
     norm_eps: float = 1e-5
 
-    _known_name = field_validator("name")(_one_of("model", MODELS))
+    _known_name = field_validator("name")(one_of("model", MODELS))
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:
@@ -115,7 +112,7 @@ class PipeSection(Section):
             return value
         if value == "forward_only":
             raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or 'gpipe'")
-        return _one_of("schedule", tuple(name for name, known in SCHEDULES.items() if known.trains))(value)
+        return one_of("schedule", tuple(name for name, known in SCHEDULES.items() if known.trains))(value)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
@@ -166,7 +163,7 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     loss_weighting: str = "tokens"
 
-    _known_weighting = field_validator("loss_weighting")(_one_of("loss weighting", LOSS_WEIGHTINGS))
+    _known_weighting = field_validator("loss_weighting")(one_of("loss weighting", LOSS_WEIGHTINGS))
 
     @model_validator(mode="after")
     def _check_length_and_batch(self) -> Self:
@@ -222,57 +219,6 @@ class CompressionSection(Section):
         return self
 
 
-class OptimizerSection(Section):
-    """The optimizer, when no optimizer object is given.
-
-    Attributes:
-        name: ``adamw``, or ``onebit_adam`` (Tang et al., "1-bit Adam", ICML 2021), which exchanges its compressed
-            momentum itself after warm-up.
-        lr: Peak learning rate.
-        betas: Decay rates of the two moments, each in ``[0, 1)``.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay.
-        freeze_step: Steps of warm-up after which ``onebit_adam`` freezes the second moment.
-        gradient_clipping: Largest global norm of the gradient; None does not clip.
-    """
-
-    name: str = "adamw"
-    lr: float = Field(default=3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    freeze_step: int | None = Field(default=None, ge=1)
-    gradient_clipping: float | None = Field(default=None, gt=0)
-
-    _known_name = field_validator("name")(_one_of("optimizer", OPTIMIZERS))
-
-    @property
-    def owns_exchange(self) -> bool:
-        """Whether the optimizer communicates over the replicas itself."""
-        return self.name in OWNS_EXCHANGE
-
-    @model_validator(mode="after")
-    def _check_combination(self) -> Self:
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas={list(self.betas)}: each must lie in [0, 1)")
-        if self.owns_exchange and self.freeze_step is None:
-            raise ValueError(
-                f"{self.name} needs freeze_step, the number of uncompressed warm-up steps before the second moment "
-                "freezes; 15 to 25 % of the run is usual"
-            )
-        if not self.owns_exchange and self.freeze_step is not None:
-            raise ValueError(
-                f"freeze_step={self.freeze_step} has no meaning for {self.name}; remove it, or take name: onebit_adam"
-            )
-        if self.owns_exchange and self.gradient_clipping is not None:
-            raise ValueError(
-                f"gradient_clipping={self.gradient_clipping:g} needs the averaged gradient, and {self.name} exchanges "
-                "momentum, so none exists; remove gradient_clipping, or take name: adamw with compression.algorithm"
-            )
-        return self
-
-
 class ScheduleSection(Section):
     """The learning rate over the run, keyed by tokens consumed; see :class:`penstock.runtime.lr_schedule.LRSchedule`.
 
@@ -293,7 +239,7 @@ class ScheduleSection(Section):
     min_ratio: float = Field(default=0.1, ge=0, le=1)
     total_tokens: int | None = Field(default=None, ge=1)
 
-    _known_decay = field_validator("decay")(_one_of("decay", DECAYS))
+    _known_decay = field_validator("decay")(one_of("decay", DECAYS))
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -345,4 +291,4 @@ class FP16Section(Section):
 
 def check_precision(value: str) -> str:
     """The canonical name of a precision that the engine trains in."""
-    return _one_of("precision", PRECISIONS)(_OTHER_NAMES.get(value, value))
+    return one_of("precision", PRECISIONS)(_OTHER_NAMES.get(value, value))

@@ -19,6 +19,7 @@ from penstock.runtime.clipping import clip_, global_norm, largest
 from penstock.runtime.engine_state import load, save
 from penstock.runtime.gather import any_rank, gather_json
 from penstock.runtime.ledger import chain, merge
+from penstock.runtime.local_replicas import common_weights
 from penstock.runtime.loss_weighting import weigh_by_tokens
 from penstock.runtime.parts import Parts, Progress
 from penstock.runtime.stopping import StopRequest
@@ -155,13 +156,16 @@ class Engine:
     def eval_batch(self, data_iter: Iterator[Any]) -> float:
         """Mean loss of one global batch in eval mode, without gradients, the same on every rank.
 
+        Where replicas train apart, it is that of the weights on which all agree: those of their last exchange.
+
         Args:
             data_iter: As for :meth:`train_batch`.
         """
         parts = self.parts
         with self._told("eval_batch"):
             micro_batches = self._weighted(self._given_batches(data_iter))
-            return parts.pipeline.eval_step(micro_batches, step=self.progress.step)
+            with common_weights(parts):
+                return parts.pipeline.eval_step(micro_batches, step=self.progress.step)
 
     def predict_batch(self, data_iter: Iterator[Any]) -> list[Any]:
         """Outputs of the last layer for one global batch in eval mode: this replica's micro-batches in order.
@@ -175,7 +179,8 @@ class Engine:
         parts = self.parts
         with self._told("predict_batch"):
             micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=False)
-            outputs = parts.pipeline.predict_step(micro_batches, broadcast=True)
+            with common_weights(parts):
+                outputs = parts.pipeline.predict_step(micro_batches, broadcast=True)
             assert outputs is not None  # broadcast gives them to every rank
             return outputs
 
@@ -207,8 +212,8 @@ class Engine:
         """Load a checkpoint, or the newest complete one in a directory of several; every rank calls it.
 
         The layout may differ from the one it was written on: layers are found by their canonical names. On the same
-        layout training goes on bit for bit; on another one, what belongs to a rank alone (the error memories of
-        compression) starts at zero.
+        layout training goes on bit for bit; on another one, what belongs to a rank alone (error memories) starts
+        at zero; but where only the number of replicas differs, optimizers that compress take over what was owed.
 
         Returns:
             The checkpoint that was loaded.
@@ -238,6 +243,8 @@ class Engine:
         parts.watcher.stop()
         if isinstance(parts.exchange, Reducer):
             parts.exchange.close()
+        if parts.local_updates is not None:
+            parts.local_updates.detach()
         parts.groups.close()
         parts.process.leave()
 
@@ -316,7 +323,8 @@ class Engine:
         limit = self.config.optimizer.gradient_clipping
         parts = self.parts
         if limit is None:
-            if parts.exchange.averages_gradients:  # otherwise the optimizer looks at what it averages
+            if parts.exchange.averages_gradients or parts.local_updates is not None:
+                # otherwise the optimizer looks at what it averages
                 self._check_finite("largest gradient", largest(self.stage.parameters()))
             return None
         with parts.watcher.waiting("gradient norm", stage=self.stage.index):

@@ -12,6 +12,8 @@ from penstock._core.protocols import OwnsExchange
 from penstock._version import __version__
 from penstock.compression import Reducer
 from penstock.data_pipeline.data_sampling import Consumed
+from penstock.pipe.topology import ProcessTopology
+from penstock.runtime import local_replicas
 from penstock.runtime.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -30,16 +32,18 @@ _log = logging.getLogger(__name__)
 _EXCHANGE: Final = "exchange"
 _OPTIMIZER: Final = "optimizer"
 _PROGRESS: Final = ("step", "samples", "tokens", "layer_tokens", "earlier")
+_LOCAL: Final = local_replicas.KIND
 _GROUPS: Final = "parameter_groups"
 
 
 def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None) -> Path:
     """Write a checkpoint; see :meth:`penstock.runtime.engine.Engine.save_checkpoint`."""
-    _check_tied(parts)
     writer = CheckpointWriter(directory, progress.step)
-    if parts.groups.replica == 0:
-        for layer, tensors in _layers(parts).items():
-            writer.write_layer(layer, tensors)
+    with local_replicas.common_weights(parts):
+        _check_tied(parts)
+        if parts.groups.replica == 0:
+            for layer, tensors in _layers(parts).items():
+                writer.write_layer(layer, tensors)
     tensors, plain = _rank_state(parts)
     if tensors:
         writer.write_rank(parts.process.rank, tensors)
@@ -81,10 +85,11 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
     else:
         spent = merge(rank["ledger"] for rank in state["ranks"])
         progress.earlier = spent if progress.earlier is None else chain(progress.earlier, spent)
+        owed = _load_debts(parts, checkpoint, state)
         step = state["ranks"][0]["plain"].get(f"{_EXCHANGE}.step")
         if isinstance(parts.exchange, Reducer) and step is not None:
             parts.exchange.load_state_dict({"step": step})  # how much of the warm-up is done
-        if parts.process.rank == 0 and checkpoint.ranks:
+        if parts.process.rank == 0 and checkpoint.ranks and not owed:
             _log.warning(
                 "%s was written on another layout: the error memories of its %d ranks start from zero here",
                 checkpoint.path,
@@ -177,25 +182,34 @@ def _layers(parts: Parts) -> dict[int, dict[str, Tensor]]:
     for name, entries in save_state(parts.optimizer, parts.shared.names).items():
         for key, value in entries.items():
             layers[_layer_of(name)][f"{_OPTIMIZER}.{key}:{name}"] = value
+    for name, entries in local_replicas.common_tensors(parts).items():
+        for key, value in entries.items():
+            layers[_layer_of(name)][f"{local_replicas.KIND}.{key}:{name}"] = value
     return {layer: tensors for layer, tensors in layers.items() if layer in local}
 
 
 def _load_layers(parts: Parts, checkpoint: Checkpoint) -> None:
     load_weights(parts, checkpoint)
-    saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    saved: dict[str, dict[str, dict[str, Tensor]]] = {owner: defaultdict(dict) for owner in (_OPTIMIZER, _LOCAL)}
     for layer in sorted({_layer_of(name) for name in parts.shared.names.values()}):
-        for key, tensor in checkpoint.read_layer(layer).items():
-            kind, _, name = key.partition(":")
-            if kind.startswith(f"{_OPTIMIZER}."):
-                saved[name][kind.removeprefix(f"{_OPTIMIZER}.")] = tensor
-    load_state(parts.optimizer, parts.shared.names, saved)
+        for full, tensor in checkpoint.read_layer(layer).items():
+            kind, _, name = full.partition(":")
+            owner, _, key = kind.partition(".")
+            if owner in saved:
+                saved[owner][name][key] = tensor
+    load_state(parts.optimizer, parts.shared.names, saved[_OPTIMIZER])
+    local_replicas.load_common(parts, saved[_LOCAL])
 
 
 def _rank_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The exchange's and the optimizer's state that belongs to this rank: tensors, and plain values."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
-    for owner, state in ((_EXCHANGE, parts.exchange.state_dict()), (_OPTIMIZER, _error_state(parts))):
+    for owner, state in (
+        (_EXCHANGE, parts.exchange.state_dict()),
+        (_OPTIMIZER, _error_state(parts)),
+        (_LOCAL, local_replicas.rank_state(parts)),
+    ):
         for name, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"{owner}.{name}"] = value
@@ -209,19 +223,41 @@ def _load_rank_state(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, A
     rank = parts.process.rank
     mine = state["ranks"][rank]
     parts.rates.ledger.load_state_dict(mine["ledger"])
-    everything: dict[str, Any] = dict(mine["plain"])
-    groups = everything.pop(_GROUPS)
     if parts.schedule is None:  # rates are the user's own affair, who may have changed them since the start
-        load_groups(parts.optimizer, groups)
-    if rank in checkpoint.ranks:
-        everything.update(checkpoint.read_rank(rank))
-    by_owner: dict[str, dict[str, Any]] = {_EXCHANGE: {}, _OPTIMIZER: {}}
-    for name, value in everything.items():
-        owner, _, key = name.partition(".")
-        by_owner[owner][key] = value
+        load_groups(parts.optimizer, mine["plain"][_GROUPS])
+    by_owner = _owned(checkpoint, state, rank)
     parts.exchange.load_state_dict(by_owner[_EXCHANGE])
     if isinstance(parts.optimizer, OwnsExchange):
         parts.optimizer.load_error_state(by_owner[_OPTIMIZER])
+    local_replicas.load_rank_state(parts, by_owner[_LOCAL])
+
+
+def _load_debts(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, Any]) -> bool:
+    """Take over what another number of replicas of the same stages owed; says whether anybody takes it."""
+    then, now = dict(state["layout"]), layout(parts)
+    dims = {"pipe": then["stages"], "data": then["replicas"]}
+    if {**then, "replicas": None} != {**now, "replicas": None}:
+        return False
+    topology = ProcessTopology(then["axes"], [dims.get(axis, 1) for axis in then["axes"]])
+    ranks = topology.filter_match(pipe=parts.groups.pipe_rank)
+    states = [_owned(checkpoint, state, rank) for rank in ranks]
+    if isinstance(parts.optimizer, OwnsExchange):
+        parts.optimizer.load_error_states([owned[_OPTIMIZER] for owned in states])
+        return True
+    local_replicas.load_rank_states(parts, [owned[_LOCAL] for owned in states])
+    return parts.local_updates is not None
+
+
+def _owned(checkpoint: Checkpoint, state: Mapping[str, Any], rank: int) -> dict[str, dict[str, Any]]:
+    """What a checkpoint holds for a rank, by owner."""
+    everything = {name: value for name, value in state["ranks"][rank]["plain"].items() if name != _GROUPS}
+    if rank in checkpoint.ranks:
+        everything.update(checkpoint.read_rank(rank))
+    by_owner: dict[str, dict[str, Any]] = {_EXCHANGE: {}, _OPTIMIZER: {}, _LOCAL: {}}
+    for name, value in everything.items():
+        owner, _, key = name.partition(".")
+        by_owner[owner][key] = value
+    return by_owner
 
 
 def _error_state(parts: Parts) -> dict[str, Any]:

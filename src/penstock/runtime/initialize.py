@@ -18,12 +18,14 @@ from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
 from penstock.pipe.module import PipelineModule
+from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
 from penstock.runtime.ledger_rates import Rates
+from penstock.runtime.local_replicas import make_local_updates
 from penstock.runtime.loss_scaler import LossScaler
-from penstock.runtime.optimizers import OptimizerFactory, check_parameters, optimizer_factory, parameter_groups
+from penstock.runtime.optimizers import OptimizerFactory, check_parameters, hidden_matrices, parameter_groups
 from penstock.runtime.parts import Parts
 from penstock.runtime.plain_model import plain_stage
 from penstock.runtime.preparation import prepare
@@ -112,7 +114,9 @@ def initialize(
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
             ready.dropping.wrap(stage)
-        built = _optimizer(settings, optimizer, shared, stage)
+        last_layer = None if module is None else len(module.parameter_counts) - 1
+        built = _optimizer(settings, optimizer, shared, stage, last_layer=last_layer)
+        local_updates = make_local_updates(settings, built, shared, groups, meter=meter, watcher=watcher)
         exchange = _exchange(settings, built, shared, groups, meter, watcher)
         pipeline = PipelineEngine(
             stage,
@@ -148,6 +152,7 @@ def initialize(
                 pipeline=pipeline,
                 exchange=exchange,
                 optimizer=built,
+                local_updates=local_updates,
                 schedule=ready.schedule,
                 cut=cut,
                 dropping=ready.dropping,
@@ -164,12 +169,15 @@ def initialize(
         raise
 
 
-def _optimizer(config: TrainConfig, given: Any, shared: SharedParameters, stage: nn.Module) -> Optimizer:
+def _optimizer(
+    config: TrainConfig, given: Any, shared: SharedParameters, stage: Stage, *, last_layer: int | None
+) -> Optimizer:
     if isinstance(given, Optimizer):
         built = given
     elif given is None:
         decay = config.optimizer.weight_decay
-        built = optimizer_factory(config.optimizer)(parameter_groups(shared.own, shared.shared, weight_decay=decay))
+        muon = hidden_matrices(stage, last_layer=last_layer) if config.optimizer.name == "muon" else None
+        built = config.optimizer.create(parameter_groups(shared.own, shared.shared, weight_decay=decay, muon=muon))
     else:
         built = given(parameter_groups(shared.own, shared.shared))
         if not isinstance(built, Optimizer):
@@ -188,7 +196,7 @@ def _exchange(
     meter: Meter,
     watcher: Watcher,
 ) -> GradientExchange:
-    """Who communicates over the replicas: the optimizer, the reducer, or with one replica nobody."""
+    """Who communicates gradients over the replicas: the optimizer, the reducer, or nobody."""
     if isinstance(optimizer, OwnsExchange):
         if config.compression.algorithm != "none":
             raise ValueError(
@@ -202,8 +210,8 @@ def _exchange(
             )
         optimizer.bind_exchange(group=groups.replicas, replicas=groups.num_replicas, meter=meter, watcher=watcher)
         return LocalGradients(_all(shared), replicas=groups.num_replicas)
-    if groups.num_replicas == 1:
-        return LocalGradients(_all(shared), replicas=1)
+    if groups.num_replicas == 1 or config.local_updates is not None:
+        return LocalGradients(_all(shared), replicas=groups.num_replicas)
     section = config.compression
     algorithm = None
     if section.algorithm != "none":

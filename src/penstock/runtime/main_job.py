@@ -19,7 +19,7 @@ from penstock.pipe.module import LayerSpec, PipelineModule
 from penstock.runtime import demo
 from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
 from penstock.runtime.config import TrainConfig, load_config
-from penstock.runtime.config_sections import CompressionSection, DataParallelSection, OptimizerSection, PipeSection
+from penstock.runtime.config_sections import CompressionSection, DataParallelSection, PipeSection
 from penstock.runtime.display import Display
 from penstock.runtime.engine import Engine
 from penstock.runtime.engine_state import find, load_weights
@@ -30,6 +30,7 @@ from penstock.runtime.heldout import HeldOut
 from penstock.runtime.initialize import initialize
 from penstock.runtime.launch import launch, launched
 from penstock.runtime.metrics_log import MetricsLog
+from penstock.runtime.optimizer_section import OptimizerSection
 from penstock.runtime.preparation import prepare
 from penstock.runtime.process import Process
 from penstock.runtime.run_directory import (
@@ -117,6 +118,7 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> HeldOut:
             "pipe": PipeSection(),
             "data_parallel": DataParallelSection(replicas=1),
             "optimizer": OptimizerSection(),
+            "local_updates": None,
             "compression": CompressionSection(),
             "random_ltd": None,
             "sampling": {},

@@ -1,15 +1,15 @@
 """Builds the optimizer of one stage, and moves its state in and out of checkpoints by canonical names."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from penstock.pipe.stage import Stage
 from penstock.runtime.checkpoint import copy_into
-from penstock.runtime.config_sections import OptimizerSection
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -18,7 +18,11 @@ _NUMBER: Final = "number."
 
 
 def parameter_groups(
-    own: NamedParameters, shared: NamedParameters, *, weight_decay: float | None = None
+    own: NamedParameters,
+    shared: NamedParameters,
+    *,
+    weight_decay: float | None = None,
+    muon: Collection[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer.
 
@@ -30,9 +34,10 @@ def parameter_groups(
         own: Parameters of this stage alone, with canonical names.
         shared: Copies of parameters that other stages hold too, in the same order on all of them.
         weight_decay: Decay of the matrices; None leaves decay to the optimizer and does not split by dimension.
+        muon: ``id()`` of the parameters that Muon is to step; None for an optimizer that treats all alike.
 
     Returns:
-        Dicts with ``params`` and, if asked for, ``weight_decay``; empty groups are left out.
+        Dicts with ``params`` and, if asked for, ``weight_decay`` and ``muon``; empty groups are left out.
     """
     groups: list[dict[str, Any]] = []
     for named in (own, *([pair] for pair in shared)):
@@ -42,30 +47,36 @@ def parameter_groups(
             continue
         matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
         vectors = [parameter for parameter in parameters if parameter.dim() < 2]
-        groups.append({"params": matrices, "weight_decay": weight_decay})
-        groups.append({"params": vectors, "weight_decay": 0.0})
+        if muon is None:
+            groups.append({"params": matrices, "weight_decay": weight_decay})
+        else:
+            for mark in (True, False):
+                marked = [parameter for parameter in matrices if (id(parameter) in muon) is mark]
+                groups.append({"params": marked, "weight_decay": weight_decay, "muon": mark})
+        groups.append({"params": vectors, "weight_decay": 0.0, **({} if muon is None else {"muon": False})})
     return [group for group in groups if group["params"]]
 
 
-def optimizer_factory(section: OptimizerSection) -> OptimizerFactory:
-    """The optimizer that a configuration names, as a factory over parameter groups."""
-    if section.name == "adamw":
+def hidden_matrices(stage: Stage, *, last_layer: int | None) -> set[int]:
+    """``id()`` of the matrices that Muon is made for: the weights of linear layers but the model's output layer.
 
-        def adamw(groups: list[dict[str, Any]]) -> Optimizer:
-            return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps)
-
-        return adamw
-
-    from penstock.compression import OneBitAdam
-
-    assert section.name == "onebit_adam"  # names are checked when the configuration is loaded
-    assert section.freeze_step is not None
-    freeze_step = section.freeze_step
-
-    def onebit_adam(groups: list[dict[str, Any]]) -> Optimizer:
-        return OneBitAdam(groups, lr=section.lr, betas=section.betas, eps=section.eps, freeze_step=freeze_step)
-
-    return onebit_adam
+    Args:
+        stage: The layers here; tied weights count as embeddings.
+        last_layer: Canonical index of the model's last layer; None where the whole model is one layer.
+    """
+    outer = {id(parameter) for pairs in stage.tied.values() for _, parameter in pairs}
+    hidden: set[int] = set()
+    for index, layer in stage.canonical_modules():
+        if index == last_layer:
+            continue
+        head_of = getattr(layer, "get_output_embeddings", None)  # Hugging Face's
+        head = head_of() if callable(head_of) else None
+        for module in layer.modules():
+            if isinstance(module, nn.Embedding):
+                outer.add(id(module.weight))  # of which an output layer may be a copy
+            elif isinstance(module, nn.Linear) and module is not head:
+                hidden.add(id(module.weight))
+    return hidden - outer
 
 
 def check_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange
 from penstock._core.waiting import Watcher
+from penstock.compression import LocalUpdates
 from penstock.data_pipeline.data_sampling import Consumed, DataSampler
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups
@@ -73,6 +74,7 @@ class Parts:
     pipeline: PipelineEngine
     exchange: GradientExchange
     optimizer: Optimizer
+    local_updates: LocalUpdates | None
     schedule: LRSchedule | None
     cut: Cut
     dropping: Dropping | None

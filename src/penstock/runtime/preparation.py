@@ -78,6 +78,7 @@ def prepare(
     if module is not None:
         _check_stages(module)
     _check_optimizer(model, optimizer)
+    _check_muon(settings, optimizer)
     dataset = open_training_data(settings, training_data)
     dropping = _dropping(settings, module)
     return Prepared(
@@ -169,6 +170,15 @@ def _check_optimizer(model: Any, optimizer: Any) -> None:
         )
     if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
         raise ValueError(f"optimizer must be an optimizer or a factory over parameter groups, got {optimizer!r}")
+
+
+def _check_muon(config: TrainConfig, optimizer: Any) -> None:
+    section = config.local_updates
+    if optimizer is None and section is not None and section.method == "muloco" and config.optimizer.name != "muon":
+        raise ValueError(
+            f"local_updates.method: muloco is DiLoCo with Muon inside, but optimizer.name is {config.optimizer.name}; "
+            f"take optimizer.name: muon, or method: diloco for {config.optimizer.name}"
+        )
 
 
 def _dropping(config: TrainConfig, module: PipelineModule | None) -> Dropping | None:

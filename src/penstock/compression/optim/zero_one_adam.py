@@ -190,6 +190,8 @@ class ZeroOneAdam(ExchangingOptimizer):
                 part.bucket.exchanged.copy_(local[f"bucket_{index:03d}.{_MOVED}"])
                 part.momentum.copy_(local[f"bucket_{index:03d}.{_MOMENTUM}"])
             self._place(part, self._steps_done())
+        if in_round:
+            self._check_start = None  # the replicas go on apart
         return fits and (in_round or not local)
 
     def load_error_states(self, states: Sequence[Mapping[str, Any]]) -> bool:

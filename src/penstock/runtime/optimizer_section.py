@@ -1,0 +1,118 @@
+"""The configuration of the optimizer."""
+
+import inspect
+from typing import Any, Final, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+from torch.optim import Optimizer
+
+from penstock._core.suggest import unknown_name
+from penstock.compression import MuonAdamW, OneBitAdam, OneBitLamb, ZeroOneAdam
+from penstock.runtime.config_sections import Section, one_of
+
+_CLASSES: Final[dict[str, type[Optimizer]]] = {
+    "adamw": torch.optim.AdamW,
+    "muon": MuonAdamW,
+    "onebit_adam": OneBitAdam,
+    "onebit_lamb": OneBitLamb,
+    "zero_one_adam": ZeroOneAdam,
+}
+OPTIMIZERS: Final = tuple(_CLASSES)
+_OWNS_EXCHANGE: Final = frozenset({"onebit_adam", "onebit_lamb", "zero_one_adam"})
+"""Optimizers that communicate over the replicas themselves, so that no averaged gradient exists."""
+_FREEZES: Final = frozenset({"onebit_adam", "onebit_lamb"})
+_SET_BY_THE_RUN: Final = {
+    "self": None,
+    "params": "the model",
+    "lr": "optimizer.lr",
+    "betas": "optimizer.betas",
+    "eps": "optimizer.eps",
+    "weight_decay": "optimizer.weight_decay",
+    "freeze_step": "optimizer.freeze_step",
+    "group": "data_parallel",
+    "meter": "the run",
+    "watcher": "the run",
+}
+
+
+class OptimizerSection(Section):
+    """The optimizer, when no optimizer object is given.
+
+    Attributes:
+        name: ``adamw``; ``muon`` (with AdamW for what is no hidden matrix); or one that exchanges compressed momentum
+            itself: ``onebit_adam``, ``zero_one_adam``, ``onebit_lamb``.
+        lr: Peak learning rate.
+        betas: Decay rates of the two moments, each in ``[0, 1)``.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        freeze_step: Steps of warm-up after which ``onebit_adam`` and ``onebit_lamb`` freeze the second moment.
+        gradient_clipping: Largest global norm of the gradient; None does not clip.
+        options: The optimizer's other keyword arguments, for example ``{var_update_scaler: 16}``.
+    """
+
+    name: str = "adamw"
+    lr: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    freeze_step: int | None = Field(default=None, ge=1)
+    gradient_clipping: float | None = Field(default=None, gt=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    _known_name = field_validator("name")(one_of("optimizer", OPTIMIZERS))
+
+    @property
+    def owns_exchange(self) -> bool:
+        """Whether the optimizer communicates over the replicas itself."""
+        return self.name in _OWNS_EXCHANGE
+
+    def create(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer over parameter groups."""
+        arguments: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        if self.freeze_step is not None:
+            arguments["freeze_step"] = self.freeze_step
+        return _CLASSES[self.name](groups, **arguments, **self.options)
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas={list(self.betas)}: each must lie in [0, 1)")
+        freezes = self.name in _FREEZES
+        if freezes and self.freeze_step is None:
+            raise ValueError(
+                f"{self.name} needs freeze_step, the number of uncompressed warm-up steps before the second moment "
+                "freezes; 15 to 25 % of the run is usual"
+            )
+        if not freezes and self.freeze_step is not None:
+            instead = "options: {var_freeze_step: ...}" if self.name == "zero_one_adam" else "name: onebit_adam"
+            raise ValueError(
+                f"freeze_step={self.freeze_step} has no meaning for {self.name}; remove it, or take {instead}"
+            )
+        if self.owns_exchange and self.gradient_clipping is not None:
+            raise ValueError(
+                f"gradient_clipping={self.gradient_clipping:g} needs the averaged gradient, and {self.name} exchanges "
+                "momentum, so none exists; remove gradient_clipping, or take name: adamw with compression.algorithm"
+            )
+        self._check_options()
+        return self
+
+    def _check_options(self) -> None:
+        if not self.options:
+            return
+        known = list(inspect.signature(_CLASSES[self.name]).parameters)
+        for key in self.options:
+            if _SET_BY_THE_RUN.get(key) is not None:
+                raise ValueError(f"options: {key} is set from {_SET_BY_THE_RUN[key]}; remove it here")
+            if key not in known:
+                raise ValueError(
+                    unknown_name(f"option of {self.name}:", key, [k for k in known if k not in _SET_BY_THE_RUN])
+                )
+        self.create([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses values that are out of range
+
+
+def owns_exchange_names() -> tuple[str, ...]:
+    """The optimizers that communicate over the replicas themselves."""
+    return tuple(sorted(_OWNS_EXCHANGE))
