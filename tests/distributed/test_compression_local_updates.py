@@ -8,8 +8,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from penstock._core.meter import REPLICAS, Meter
-from penstock.compression import DiLoCo, LocalSGD, LocalUpdates, MuLoCo, MuonAdamW, OuterStep, StreamingDiLoCo
-from support.compression_local_reference import ReferenceLocal, mean
+from penstock.compression import (
+    DiLoCo,
+    LocalSGD,
+    LocalUpdates,
+    MuLoCo,
+    MuonAdamW,
+    OuterStep,
+    SparseLoCo,
+    StreamingDiLoCo,
+    create_compression_algorithm,
+)
+from support.compression_local_reference import Average, ReferenceLocal, SparseAverage, mean
 from support.compression_reference import ReferenceAverage
 from support.pool import WorkerPool
 
@@ -69,6 +79,11 @@ CASES: dict[str, dict[str, Any]] = {
         "algorithm": "onebit",
     },
     "averages on the way": {"period": 5, "overlap": 4, "mixing": 0.5},
+    "sparse": {
+        "period": 4,
+        "algorithm": create_compression_algorithm("topk_int2", {"chunk_size": 256, "keep": 8}),
+        "error_decay": 0.95,
+    },
 }
 
 
@@ -80,7 +95,12 @@ def test_it_is_the_papers_algorithm(pool: WorkerPool, ranks: int, case: str) -> 
     answers = pool.run(train, ranks, steps, options)
     fragments = HALVES if options.pop("halves", False) else [slice(0, NUMEL)]
     algorithm = options.pop("algorithm", None)
-    averages = [mean if algorithm is None else ReferenceAverage(part.stop - part.start, ranks) for part in fragments]
+    decay = options.pop("error_decay", 1.0)
+    averages: list[Average] = [mean for _ in fragments]
+    if case == "sparse":
+        averages = [SparseAverage(NUMEL, ranks, chunk=256, keep=8, beta=decay)]
+    elif algorithm is not None:
+        averages = [ReferenceAverage(part.stop - part.start, ranks) for part in fragments]
     reference = ReferenceLocal(start(), ranks, lr=LR, fragments=fragments, averages=averages, **options)
     tolerance = 1e-12 if algorithm is None else 1e-5  # a scale's float32 rounding may fall either way
     for step in range(steps):
@@ -282,6 +302,58 @@ def test_what_is_sent_at_which_step(pool: WorkerPool) -> None:
     assert sent[4] + sent[9] == 4 * numel
     sent, _ = pool.run(bytes_by_step, 2, {"period": 30, "fragments": 1, "algorithm": "onebit"})
     assert sum(sent) / 60 < 4 * numel / 30 / 28  # bytes a step, against an all-reduce's
+
+
+def bytes_at_thirty(rank: int, world_size: int) -> dict[str, float]:
+    """Bytes sent per step by each method at a period of 30, over those of a float32 all-reduce at every step."""
+    plain = 2 * 4 * (1024 * 1024 + 1024) * (world_size - 1) / world_size
+    result = {}
+    methods: dict[str, Any] = {
+        "diloco": lambda optimizer, meter: DiLoCo(optimizer, 30, meter=meter),
+        "diloco int8": lambda optimizer, meter: DiLoCo(optimizer, 30, algorithm="int8", meter=meter),
+        "muloco": lambda optimizer, meter: MuLoCo(optimizer, 30, meter=meter),
+        "sparseloco": lambda optimizer, meter: SparseLoCo(optimizer, 30, meter=meter),
+    }
+    for name, method in methods.items():
+        torch.manual_seed(0)
+        model, meter = nn.Linear(1024, 1024), Meter()
+        optimizer = MuonAdamW(model.parameters()) if name == "muloco" else torch.optim.SGD(model.parameters(), lr=0.1)
+        local = method(optimizer, meter)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(rank))
+        local.step = 29
+        with local:
+            optimizer.step()
+        result[name] = meter.sent[REPLICAS] / 30 / plain
+    return result
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_million_parameters_take_few_bytes_a_step(pool: WorkerPool, ranks: int) -> None:
+    for share in pool.run(bytes_at_thirty, ranks):
+        assert share["diloco"] == pytest.approx(1 / 30, rel=1e-3)
+        assert share["diloco int8"] <= 1 / 100
+        assert share["muloco"] <= 1 / 400
+        assert share["sparseloco"] <= 1 / 1000
+
+
+def any_algorithm(rank: int, world_size: int, name: str) -> list[Any]:
+    model = odd_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with DiLoCo(optimizer, period=2, algorithm=name) as local:
+        for step in range(6):
+            backward(model, rank, step)
+            optimizer.step()
+        assert local.step == 6
+    return [[p.detach() for p in model.parameters()], optimizer is local.optimizer]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2", "fp8", "bf16", "topk", "powersgd", "dct_topk"])
+def test_any_algorithm_compresses_the_ways(pool: WorkerPool, name: str) -> None:
+    first, second = pool.run(any_algorithm, 2, name)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(first[0], second[0], strict=True))
+    start = odd_model(torch.float32).parameters()
+    assert not all(torch.equal(mine, before) for mine, before in zip(first[0], start, strict=True))
 
 
 def one_nan(rank: int, world_size: int) -> list[Any]:

@@ -15,7 +15,7 @@ from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.local import DiLoCo, LocalSGD, LocalUpdates, MuLoCo, OuterStep, SparseLoCo, StreamingDiLoCo
 from penstock.compression.local_gradients import LocalGradients
 from penstock.compression.module import CompressionModule, initialize_module
-from penstock.compression.optim import MuonAdamW, OneBitAdam, OneBitLamb, ZeroOneAdam
+from penstock.compression.optim import DeMo, MuonAdamW, OneBitAdam, OneBitLamb, ZeroOneAdam
 from penstock.compression.reducer import Reducer
 from penstock.compression.registry import (
     create_compression_algorithm,
@@ -34,6 +34,7 @@ __all__ = [
     "CompressionConfig",
     "CompressionModule",
     "DDPCompression",
+    "DeMo",
     "DiLoCo",
     "ErrorFeedback",
     "ErrorMemory",

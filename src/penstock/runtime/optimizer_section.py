@@ -9,18 +9,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from penstock._core.suggest import unknown_name
-from penstock.compression import MuonAdamW, OneBitAdam, OneBitLamb, ZeroOneAdam
+from penstock.compression import DeMo, MuonAdamW, OneBitAdam, OneBitLamb, ZeroOneAdam
 from penstock.runtime.config_sections import Section, one_of
 
 _CLASSES: Final[dict[str, type[Optimizer]]] = {
     "adamw": torch.optim.AdamW,
+    "demo": DeMo,
     "muon": MuonAdamW,
     "onebit_adam": OneBitAdam,
     "onebit_lamb": OneBitLamb,
     "zero_one_adam": ZeroOneAdam,
 }
 OPTIMIZERS: Final = tuple(_CLASSES)
-_OWNS_EXCHANGE: Final = frozenset({"onebit_adam", "onebit_lamb", "zero_one_adam"})
+_OWNS_EXCHANGE: Final = frozenset({"demo", "onebit_adam", "onebit_lamb", "zero_one_adam"})
 """Optimizers that communicate over the replicas themselves, so that no averaged gradient exists."""
 _FREEZES: Final = frozenset({"onebit_adam", "onebit_lamb"})
 _SET_BY_THE_RUN: Final = {
@@ -42,7 +43,7 @@ class OptimizerSection(Section):
 
     Attributes:
         name: ``adamw``; ``muon`` (with AdamW for what is no hidden matrix); or one that exchanges compressed momentum
-            itself: ``onebit_adam``, ``zero_one_adam``, ``onebit_lamb``.
+            itself: ``onebit_adam``, ``zero_one_adam``, ``onebit_lamb``, ``demo``.
         lr: Peak learning rate.
         betas: Decay rates of the two moments, each in ``[0, 1)``.
         eps: Added to the root of the second moment.
@@ -70,7 +71,9 @@ class OptimizerSection(Section):
 
     def create(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimizer over parameter groups."""
-        arguments: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        arguments: dict[str, Any] = {"lr": self.lr}
+        if self.name != "demo":
+            arguments |= {"betas": self.betas, "eps": self.eps}
         if self.freeze_step is not None:
             arguments["freeze_step"] = self.freeze_step
         return _CLASSES[self.name](groups, **arguments, **self.options)
@@ -80,6 +83,8 @@ class OptimizerSection(Section):
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"betas={list(self.betas)}: each must lie in [0, 1)")
+        for key in {"betas", "eps"} & self.model_fields_set if self.name == "demo" else ():
+            raise ValueError(f"{key} has no meaning for demo, which has no second moment; remove it")
         freezes = self.name in _FREEZES
         if freezes and self.freeze_step is None:
             raise ValueError(
@@ -111,8 +116,3 @@ class OptimizerSection(Section):
                     unknown_name(f"option of {self.name}:", key, [k for k in known if k not in _SET_BY_THE_RUN])
                 )
         self.create([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses values that are out of range
-
-
-def owns_exchange_names() -> tuple[str, ...]:
-    """The optimizers that communicate over the replicas themselves."""
-    return tuple(sorted(_OWNS_EXCHANGE))

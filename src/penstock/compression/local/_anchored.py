@@ -11,6 +11,7 @@ from penstock.compression.chunks import chunk_bounds
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.group import rank_in, ranks_of
 from penstock.compression.local.outer_step import OuterStep
+from penstock.compression.optim._bucket import bucket_key
 from penstock.compression.reduction import LocalReduction, Reduction, make_reduction
 
 
@@ -69,13 +70,15 @@ class AnchoredBucket:
             return
         self.chunk_start = chunk_bounds(layout.numel, ranks_of(group))[rank_in(group)][0]
         if error_feedback and not lossless:
-            self.memory = ErrorMemory.for_tensor(self.exchanged, group)
+            self.memory = ErrorMemory.for_tensor(self.exchanged, group, algorithm=algorithm, parts=layout.parts)
         self._reduction = make_reduction(
             self.exchanged,
             algorithm,
             group,
             memory=self.memory,
+            parts=layout.parts,
             factor=1.0 / ranks_of(group),
+            key=bucket_key(layout),
             meter=meter,
             watcher=watcher,
         )
@@ -85,8 +88,8 @@ class AnchoredBucket:
         for view, parameter in zip(self.anchor_views, self.layout.parameters, strict=True):
             view.copy_(parameter.detach())
 
-    def start(self) -> None:
-        """Launch the exchange of how far this replica is from the anchor."""
+    def start(self, step: int) -> None:
+        """Launch the exchange of how far this replica is from the anchor after ``step`` steps."""
         for gap in self._gaps:
             gap.zero_()
         for view, parameter in zip(self._views, self.layout.parameters, strict=True):
@@ -95,7 +98,7 @@ class AnchoredBucket:
             torch.sub(self.anchor, self.exchanged, out=self.exchanged)
         if self.memory is not None and self._error_decay != 1.0:
             self.memory.worker.mul_(self._error_decay)
-        self._reduction.start()
+        self._reduction.start(step)
 
     def advance(self) -> None:
         """Launch the exchange's second collective, if it has one."""

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 Fragments = int | Sequence[Iterable[nn.Parameter]]
 
 _STEP, _IN_FLIGHT, _ARRIVED = "step", "in_flight", "arrived"
-_MEMORIES: Final = (".worker", ".server")
+_NOT_MEMORIES: Final = ("anchor", "outer_momentum", _ARRIVED)
 
 
 class LocalOptions(TypedDict, total=False):
@@ -252,7 +252,7 @@ class LocalUpdates:
         self._in_flight.clear()
         self.step = int(state[_STEP])
         mine = self._memories()
-        theirs = {name: value for name, value in state.items() if name.endswith(_MEMORIES)}
+        theirs = _memories_in(state)
         fits = mine.keys() == theirs.keys() and all(mine[name].shape == theirs[name].shape for name in mine)
         if not fits:
             _log.warning(
@@ -281,7 +281,7 @@ class LocalUpdates:
         Returns:
             As for :meth:`load_rank_state`.
         """
-        owed = [{name: value for name, value in state.items() if name.endswith(_MEMORIES)} for state in states]
+        owed = [_memories_in(state) for state in states]
         starts = {f"bucket_{index:03d}": bucket.chunk_start for index, bucket in enumerate(self._buckets)}
         return self.load_rank_state({_STEP: states[0][_STEP], **rechunked(owed, self._memories(), starts)})
 
@@ -348,7 +348,7 @@ class LocalUpdates:
 
     def _send(self, fragment: int) -> "_InFlight":
         for bucket in self._fragments[fragment]:
-            bucket.start()
+            bucket.start(self.step)
         flight = _InFlight(fragment, self.step)
         self._in_flight.append(flight)
         return flight
@@ -407,6 +407,12 @@ class _InFlight:
         self.fragment = fragment
         self.sent_after = sent_after
         self.launched = launched
+
+
+def _memories_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value for name, value in state.items() if name.startswith("bucket_") and not name.endswith(_NOT_MEMORIES)
+    }
 
 
 def _sets(optimizer: Optimizer, fragments: Fragments) -> tuple[list[int], list[list[NamedParameter]]]:

@@ -1,5 +1,6 @@
 """The flat buffers of one bucket of parameters under an optimizer that communicates by itself."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -11,7 +12,7 @@ from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import Bucket
-from penstock.compression.chunks import chunk_bounds
+from penstock.compression.chunks import Part, chunk_bounds
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.group import rank_in, ranks_of
 from penstock.compression.reduction import LocalReduction, Reduction, make_reduction
@@ -21,6 +22,44 @@ MASTER: Final = "master"
 
 _FLOOR_BLOCK: Final = 1024
 """Elements over which a frozen deviation is compared with its neighbours'."""
+
+
+def bucket_key(layout: Bucket) -> int:
+    """What keys random choices in a bucket: its shapes, which the copies of a tied weight share on all stages."""
+    return zlib.crc32(repr([tuple(parameter.shape) for parameter in layout.parameters]).encode())
+
+
+class AloneReduction:
+    """What one replica would receive of itself.
+
+    Args:
+        tensor: Flat; replaced by what is sent of it and the memory.
+        algorithm: Compresses part by part.
+        memory: What is not sent is kept in its ``worker``.
+        parts: The tensors to compress one by one.
+    """
+
+    def __init__(
+        self, tensor: Tensor, algorithm: CompressionAlgorithm, memory: ErrorMemory, parts: Sequence[Part]
+    ) -> None:
+        self._tensor = tensor
+        self._algorithm = algorithm
+        self._memory = memory
+        self._parts = parts
+
+    def start(self, step: int | None = None) -> None:
+        """Compress and decompress."""
+        for index, part in enumerate(self._parts):
+            algorithm = self._algorithm.keyed(step or 0, index)
+            payload = algorithm.compress_with_memory(part.of(self._tensor), part.of(self._memory.worker))
+            algorithm.decompress(payload, part.of(self._tensor))
+
+    def advance(self) -> bool:
+        """There is no collective."""
+        return False
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
 
 
 class FlatBucket:
@@ -35,6 +74,7 @@ class FlatBucket:
         group: The replicas.
         states: Names of the element-wise states, a buffer of zeros each.
         masters: Keep a copy of the parameters, under :data:`MASTER`, even if they are not half-precision.
+        compress_alone: Compress with a memory on one replica, too.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
 
@@ -54,6 +94,7 @@ class FlatBucket:
         *,
         states: Sequence[str],
         masters: bool = False,
+        compress_alone: bool = False,
         meter: Meter | None,
         watcher: Watcher | None,
     ) -> None:
@@ -70,6 +111,7 @@ class FlatBucket:
         self.views = {name: layout.views(flat) for name, flat in self.states.items()}
         self._gaps = layout.gaps(self.exchanged)
         self._algorithm = algorithm
+        self._compress_alone = compress_alone
         self.bind(group, alone=ranks_of(group) == 1, meter=meter, watcher=watcher)
 
     def bind(
@@ -87,14 +129,27 @@ class FlatBucket:
         self.chunk_start = 0 if alone else chunk_bounds(self.layout.numel, ranks_of(group))[rank_in(group)][0]
         self._plain: Reduction = LocalReduction()
         self._compressed: Reduction = LocalReduction()
-        if alone:
+        if alone and not self._compress_alone:
             return
+        parts = self.layout.parts
         if not self._algorithm.lossless:
-            self.memory = ErrorMemory.for_tensor(self.exchanged, group)
+            self.memory = ErrorMemory.for_tensor(self.exchanged, group, algorithm=self._algorithm, parts=parts)
+        if alone:
+            assert self.memory is not None  # what compresses alone is lossy
+            self._compressed = AloneReduction(self.exchanged, self._algorithm, self.memory, parts)
+            return
         factor = 1.0 / ranks_of(group)
         self._plain = make_reduction(self.exchanged, None, group, factor=factor, meter=meter, watcher=watcher)
         self._compressed = make_reduction(
-            self.exchanged, self._algorithm, group, memory=self.memory, factor=factor, meter=meter, watcher=watcher
+            self.exchanged,
+            self._algorithm,
+            group,
+            memory=self.memory,
+            parts=parts,
+            factor=factor,
+            key=bucket_key(self.layout),
+            meter=meter,
+            watcher=watcher,
         )
 
     def state_views(self) -> dict[nn.Parameter, dict[str, Tensor]]:

@@ -30,8 +30,9 @@ class ExchangingOptimizer(Optimizer):
         defaults: Torch's defaults of the groups: ``lr``, ``eps``, ``weight_decay``, ``betas`` and others.
         states: Names of the element-wise states.
         masters: Keep a copy of all parameters; half-precision ones have one in any case.
+        compress_alone: Compress with a memory on one replica, too.
         group: The replicas; None is the default group, or one replica where there is none.
-        algorithm: Compressor; None is ``onebit``.
+        algorithm: Compressor, or its registered name; None is ``onebit``.
         bucket_bytes: Target size of a bucket.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -46,8 +47,9 @@ class ExchangingOptimizer(Optimizer):
         *,
         states: Sequence[str],
         masters: bool = False,
+        compress_alone: bool = False,
         group: dist.ProcessGroup | None,
-        algorithm: CompressionAlgorithm | None,
+        algorithm: CompressionAlgorithm | str | None,
         bucket_bytes: int,
         meter: Meter | None,
         watcher: Watcher | None,
@@ -65,9 +67,19 @@ class ExchangingOptimizer(Optimizer):
             flat_dtype=memory_dtype,
             reverse=False,
         )
-        compressor = create_compression_algorithm("onebit") if algorithm is None else algorithm
+        named = "onebit" if algorithm is None else algorithm
+        compressor = create_compression_algorithm(named) if isinstance(named, str) else named
         self._buckets = [
-            FlatBucket(layout, compressor, group, states=states, masters=masters, meter=meter, watcher=watcher)
+            FlatBucket(
+                layout,
+                compressor,
+                group,
+                states=states,
+                masters=masters,
+                compress_alone=compress_alone,
+                meter=meter,
+                watcher=watcher,
+            )
             for layout in layouts
         ]
         self._check_start: Callable[[], None] | None = self._start_check(group, meter, watcher)
@@ -234,7 +246,7 @@ class ExchangingOptimizer(Optimizer):
         """Average the exchange buffers of all buckets."""
         reductions = [bucket.reduction(compressed=compressed) for bucket in self._all_buckets()]
         for reduction in reductions:
-            reduction.start()
+            reduction.start(self._steps_done())
         for reduction in reductions:
             reduction.advance()
         for reduction in reductions:

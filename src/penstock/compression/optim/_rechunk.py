@@ -41,4 +41,6 @@ def rechunked(
             start = chunk_starts.get(name.removesuffix(SERVER), 0)
             size = mine[name].numel() if name in mine else 0
             result[name] = row[start : start + size]
+        else:  # where an iteration starts, for example: the same on all
+            result[name] = states[0][name]
     return result

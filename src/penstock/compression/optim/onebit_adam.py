@@ -52,7 +52,7 @@ class OneBitAdam(ExchangingOptimizer):
             DeepSpeed's update.
         variance_floor: See above; in [0, 1].
         group: The replicas; None is the default group, or one replica where there is none.
-        algorithm: Compressor of the momentum; None is ``onebit``.
+        algorithm: Compressor of the momentum, or its registered name; None is ``onebit``.
         bucket_bytes: Target size of a bucket.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -73,7 +73,7 @@ class OneBitAdam(ExchangingOptimizer):
         bias_correction: bool = True,
         variance_floor: float = 0.05,
         group: dist.ProcessGroup | None = None,
-        algorithm: CompressionAlgorithm | None = None,
+        algorithm: CompressionAlgorithm | str | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         meter: Meter | None = None,
         watcher: Watcher | None = None,

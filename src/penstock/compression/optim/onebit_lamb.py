@@ -55,7 +55,7 @@ class OneBitLamb(ExchangingOptimizer):
         bias_correction: As in Adam and LAMB; False is DeepSpeed's update.
         variance_floor: Floor under the frozen variance's root; see :class:`OneBitAdam`.
         group: The replicas; None is the default group, or one replica where there is none.
-        algorithm: Compressor of the momentum; None is ``onebit``.
+        algorithm: Compressor of the momentum, or its registered name; None is ``onebit``.
         bucket_bytes: Target size of a bucket.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -82,7 +82,7 @@ class OneBitLamb(ExchangingOptimizer):
         bias_correction: bool = True,
         variance_floor: float = 0.05,
         group: dist.ProcessGroup | None = None,
-        algorithm: CompressionAlgorithm | None = None,
+        algorithm: CompressionAlgorithm | str | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
