@@ -176,3 +176,49 @@ def test_gradients_through_a_dropping_block(positions):
             return layer({"hidden": hidden, "position_ids": ids})["hidden"]
 
     assert gradcheck(run, (hidden, *layer.parameters()))
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+@pytest.mark.parametrize("kept", [None, 6])
+def test_packed_documents_are_computed_as_if_each_had_a_row_of_its_own(positions, kept):
+    """With dropping, the kept tokens of the packed row's document are those of the row, so the choice is made once."""
+    documents = [(0, 5), (5, 12), (12, 16)]
+    ids = torch.cat([torch.full((stop - start,), at) for at, (start, stop) in enumerate(documents)])
+    places = torch.cat([torch.arange(stop - start) for start, stop in documents])
+    packed = {"input_ids": TOKENS[:1], "document_ids": ids[None], "position_ids": places[None]}
+    model = dropping(gpt_model(config(positions=positions)), kept).double()
+    seen = {}
+    wrapped = [layer for layer in model.modules() if isinstance(layer, RandomLayerTokenDrop)]
+    for layer in wrapped:
+        layer.random_ltd_layer.register_forward_hook(
+            lambda block, args, out, at=layer.layer_id: seen.update({at: args[0]})
+        )
+    with entered(key(slice(0, 1))):
+        logits = model(packed)
+    plain = gpt_model(config(positions=positions)).double()
+    for at, (start, stop) in enumerate(documents):
+        value = plain.layers[0]({"input_ids": TOKENS[:1, start:stop], "position_ids": places[None, start:stop]})
+        blocks = plain.layers[1:-1]
+        if positions == "learned":
+            value, blocks = blocks[0](value), blocks[1:]
+        for number, block in enumerate(blocks):
+            chosen = torch.ones(stop - start, dtype=torch.bool)
+            if kept is not None:
+                given = seen[number]
+                mine = given["position_ids"][0][given["document_ids"][0] == at]
+                chosen = torch.zeros(stop - start, dtype=torch.bool).index_fill(0, mine, True)
+            if chosen.any():
+                hidden = value["hidden"].clone()
+                part = {"hidden": hidden[:, chosen], "position_ids": value["position_ids"][:, chosen]}
+                hidden[:, chosen] = block(part)["hidden"]
+                value = {**value, "hidden": hidden}
+        expected = plain.layers[-1](value) @ plain.layers[0].weight.T
+        torch.testing.assert_close(logits[:, start:stop], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_ids_of_documents_are_one_for_each_token():
+    model = gpt_model(config())
+    with pytest.raises(ValueError, match=r"document_ids must be one for each token, \(4, 16\); got \(16,\)"):
+        model({"input_ids": TOKENS, "document_ids": torch.zeros(16)})
+    with pytest.raises(ValueError, match="under 'input_ids'; got None"):
+        model({"document_ids": TOKENS})

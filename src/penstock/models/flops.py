@@ -1,9 +1,10 @@
-"""Floating-point operations of the reference GPT by formula, for a ledger of what a run spends.
+"""Floating-point operations of the reference models by formula, for a ledger of what a run spends.
 
 A multiplication and an addition count as two. Matrix products are counted and nothing else; in causal attention only
 the pairs that are attended to. The backward pass costs twice the forward pass.
 """
 
+from penstock.models.bert_config import BERTConfig
 from penstock.models.gpt_config import GPTConfig
 
 
@@ -22,6 +23,18 @@ def gpt_layer_flops(config: GPTConfig, tokens: int, seq_len: int) -> int:
     width = config.hidden_size
     matmul_parameters = 4 * width * width + 2 * width * config.mlp_size
     return 2 * matmul_parameters * tokens + 2 * width * (seq_len + 1) * tokens
+
+
+def bert_layer_flops(config: BERTConfig, tokens: int, seq_len: int) -> int:
+    """Forward FLOPs of one transformer block of the BERT; arguments as for :func:`gpt_layer_flops`.
+
+    Returns:
+        ``2 * matmul parameters * tokens`` for the projections plus ``4 * hidden_size * seq_len * tokens`` for the
+        scores and the weighted sum over ``seq_len`` tokens.
+    """
+    width = config.hidden_size
+    matmul_parameters = 4 * width * width + 2 * width * config.mlp_size
+    return 2 * matmul_parameters * tokens + 4 * width * seq_len * tokens
 
 
 def gpt_head_flops(config: GPTConfig, tokens: int) -> int:

@@ -29,7 +29,8 @@ IGNORE_INDEX = -100
 def gpt_layers(config: GPTConfig) -> list[LayerSpec]:
     """The model as specs: embedding, learned positions if any, the blocks, the final norm, the output layer.
 
-    The first layer takes int64 token ids ``[B, S]``; the last one gives logits ``[B, S, V]``.
+    The first layer takes int64 token ids ``[B, S]`` or a dict (:meth:`TokenEmbedding.forward`); the last one gives
+    logits ``[B, S, V]``.
     """
     if config.tie_embeddings:
         embedding: LayerSpec = TiedLayerSpec("embedding", TokenEmbedding, config, tied_weight_attr="weight")
@@ -83,9 +84,8 @@ class GPT(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        """Logits ``[B, S, V]`` of int64 token ids ``[B, S]``."""
-        value: Any = input_ids_BS
+    def forward(self, value: Any) -> Tensor:
+        """Logits ``[B, S, V]`` of int64 token ids ``[B, S]``, or of a dict; see :meth:`TokenEmbedding.forward`."""
         for layer in self.layers:
             value = layer(value)
         if self.config.tie_embeddings:

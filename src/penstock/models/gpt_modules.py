@@ -2,7 +2,8 @@
 
 What travels between them is a dict ``{"hidden": x_BSD, "position_ids": p_BS}``. The positions travel with the tokens
 because a layer may be given only some of the tokens (random-LTD): rotary angles and the causal order then stay those
-of the full sequence. Other entries of the dict pass through untouched.
+of the full sequence. Where documents are packed into one row, ``"document_ids"`` travels too, and tokens attend within
+their document only. Other entries of the dict pass through untouched.
 
 Shapes: B rows, S tokens, D hidden units, H heads, E units per head, V vocabulary.
 """
@@ -35,20 +36,30 @@ class TokenEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         nn.init.normal_(self.weight, std=config.init_std)
 
-    def forward(self, input_ids_BS: Tensor) -> GPTValue:
+    def forward(self, value: Tensor | GPTValue) -> GPTValue:
         """Look the tokens up.
 
         Args:
-            input_ids_BS: int64 token ids ``[B, S]`` with S at most ``context_length``.
+            value: int64 token ids ``[B, S]`` with S at most ``context_length``; or a dict with them under
+                ``"input_ids"`` and, if need be, integer ``"position_ids"`` ``[B, S]`` and ``"document_ids"`` ``[B, S]``
+                of documents packed into one row.
 
         Returns:
-            ``{"hidden": x_BSD, "position_ids": p_BS int64}``.
+            ``{"hidden": x_BSD, "position_ids": p_BS int64}`` and the dict's other entries. Positions that are not given
+            are counted along the row.
         """
-        if input_ids_BS.dim() != 2 or input_ids_BS.is_floating_point():
+        given = dict(value) if isinstance(value, dict) else {"input_ids": value}
+        input_ids_BS = given.pop("input_ids", None)
+        if not isinstance(input_ids_BS, Tensor) or input_ids_BS.dim() != 2 or input_ids_BS.is_floating_point():
             raise ValueError(
-                f"the model takes integer token ids of shape [batch, tokens], "
-                f"got {input_ids_BS.dtype} of shape {tuple(input_ids_BS.shape)}"
+                "the model takes integer token ids of shape [batch, tokens], or a dict with them under 'input_ids'; "
+                f"got {told(input_ids_BS)}"
             )
+        for name in ("position_ids", "document_ids"):
+            if name in given and given[name].shape != input_ids_BS.shape:
+                raise ValueError(
+                    f"{name} must be one for each token, {tuple(input_ids_BS.shape)}; got {tuple(given[name].shape)}"
+                )
         rows, length = input_ids_BS.shape
         if length > self.context_length:
             raise ValueError(
@@ -65,7 +76,7 @@ class TokenEmbedding(nn.Module):
                 )
         x_BSD = F.dropout(F.embedding(input_ids_BS, self.weight), self.dropout, self.training)
         position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand(rows, length)
-        return {"hidden": x_BSD, "position_ids": position_ids_BS}
+        return {"position_ids": position_ids_BS, **given, "hidden": x_BSD}
 
 
 class LearnedPositions(nn.Module):
@@ -100,12 +111,13 @@ class CausalSelfAttention(nn.Module):
         self.qkv = _linear(config.hidden_size, 3 * config.hidden_size, std=config.init_std)
         self.out = _linear(config.hidden_size, config.hidden_size, std=_residual_std(config))
 
-    def forward(self, x_BSD: Tensor, position_ids_BS: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, position_ids_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
         """Attend in the order of the rows given, which must be the order of their positions.
 
         Args:
             x_BSD: Normalised hidden states.
-            position_ids_BS: int64, increasing along S; gaps are allowed.
+            position_ids_BS: int64, increasing along each document; gaps are allowed.
+            document_ids_BS: Integers; tokens attend to those of the same id. None is one document a row.
 
         Returns:
             What to add to the residual stream, ``[B, S, D]``.
@@ -123,7 +135,8 @@ class CausalSelfAttention(nn.Module):
             k_BSHE.transpose(1, 2),
             v_BSHE.transpose(1, 2),
             dropout_p=config.dropout if self.training else 0.0,
-            is_causal=True,
+            attn_mask=None if document_ids_BS is None else _within_documents(document_ids_BS),
+            is_causal=document_ids_BS is None,
         )
         y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).reshape(rows, length, config.hidden_size))
         return y_BSD
@@ -165,7 +178,7 @@ class GPTBlock(nn.Module):
     def forward(self, value: GPTValue) -> GPTValue:
         """Update ``value["hidden"]``; the other entries pass through."""
         x_BSD = value["hidden"]
-        attended = self.attn(self.attn_norm(x_BSD), value["position_ids"])
+        attended = self.attn(self.attn_norm(x_BSD), value["position_ids"], value.get("document_ids"))
         x_BSD = x_BSD + F.dropout(attended, self.dropout, self.training)
         x_BSD = x_BSD + F.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training)
         return {**value, "hidden": x_BSD}
@@ -205,11 +218,23 @@ class OutputHead(nn.Module):
         return F.linear(x_BSD, self.weight)
 
 
+def told(value: object) -> str:
+    """What a message says of a value that was given in the place of token ids."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
 def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
     """Logits ``[B, S, V]`` by the token embedding's weight: the ``forward_fn`` of the tied output layer."""
     weight = embedding.weight
     assert isinstance(weight, Tensor)
     return F.linear(x_BSD, weight)
+
+
+def _within_documents(document_ids_BS: Tensor) -> Tensor:
+    """Causal attention within each document: bool ``[B, 1, S, S]``, True where a query may attend to a key."""
+    length = document_ids_BS.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
+    return (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]) & causal
 
 
 def _linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from penstock._core.meter import Meter
-from penstock.models.flops import gpt_head_flops, gpt_layer_flops
+from penstock.models.bert_modules import BERTBlock
+from penstock.models.flops import bert_layer_flops, gpt_head_flops, gpt_layer_flops
 from penstock.models.gpt import GPTConfig
 from penstock.models.gpt_modules import GPTBlock, OutputHead, tied_logits
 from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec
@@ -83,7 +84,11 @@ class Rates:
 
 def _flops(spec: object) -> LayerFlops | None:
     """The formula of a reference layer; None for any other."""
-    if not isinstance(spec, LayerSpec) or not spec.module_args or not isinstance(spec.module_args[0], GPTConfig):
+    if not isinstance(spec, LayerSpec) or not spec.module_args:
+        return None
+    if spec.typename is BERTBlock:
+        return partial(bert_layer_flops, spec.module_args[0])
+    if not isinstance(spec.module_args[0], GPTConfig):
         return None
     config = spec.module_args[0]
     if spec.typename is GPTBlock:

@@ -61,10 +61,10 @@ KNOWN_ARGUMENTS: Final[Mapping[str, str]] = {
         ("attention_mask", "attn_mask", "causal_mask", "mask", "src_mask", "tgt_mask", "block_mask"), "mask"
     ),
     **dict.fromkeys(
-        ("key_padding_mask", "padding_mask", "src_key_padding_mask", "tgt_key_padding_mask", "protected_tokens"),
+        ("key_padding_mask", "padding_mask", "src_key_padding_mask", "tgt_key_padding_mask", "token_mask"),
         "padding",
     ),
-    "token_weights": "padding",
+    **dict.fromkeys(("protected_tokens", "token_weights"), "padding"),
     **dict.fromkeys(
         ("position_ids", "positions", "input_pos", "token_type_ids", "document_ids", "segment_ids"), "positions"
     ),

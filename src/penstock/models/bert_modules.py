@@ -1,0 +1,180 @@
+"""The layers of the reference BERT: post-norm, with biases, every token attending to every other.
+
+What travels between them is a dict ``{"hidden": x_BSD, "token_mask": m_BS}``; the mask is there if the batch has
+padding, and True where a token is real. It travels with the tokens because a layer may be given only some of them
+(random-LTD); positions are added once, before the blocks. Other entries of the dict pass through untouched.
+
+Shapes: B rows, S tokens, D hidden units, H heads, E units per head, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from penstock.models.bert_config import BERTConfig
+from penstock.models.gpt_modules import told
+
+BERTValue = dict[str, Any]
+
+
+class BERTTokens(nn.Module):
+    """Token ids to vectors; the first layer, and the owner of the output layer's weight.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: BERTConfig) -> None:
+        super().__init__()
+        self.context_length = config.context_length
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.init_std)
+
+    def forward(self, value: Tensor | BERTValue) -> BERTValue:
+        """Look the tokens up.
+
+        Args:
+            value: int64 token ids ``[B, S]``, or a dict with them under ``"input_ids"`` and, if need be,
+                ``"attention_mask"`` (bool or integer ``[B, S]``, 0 for padding) and ``"token_type_ids"`` (integer
+                ``[B, S]``).
+
+        Returns:
+            ``{"hidden": x_BSD}`` with ``"token_mask"`` and ``"token_type_ids"`` where given, and the dict's other
+            entries.
+        """
+        given = dict(value) if isinstance(value, dict) else {"input_ids": value}
+        ids_BS = given.pop("input_ids", None)
+        if not isinstance(ids_BS, Tensor) or ids_BS.dim() != 2 or ids_BS.is_floating_point():
+            raise ValueError(
+                "the model takes integer token ids of shape [batch, tokens], or a dict with them under 'input_ids'; "
+                f"got {told(ids_BS)}"
+            )
+        length = ids_BS.shape[1]
+        if length > self.context_length:
+            raise ValueError(
+                f"a sequence of {length} tokens does not fit the model's context_length={self.context_length}; "
+                f"cut the sequences or build the model with a longer context"
+            )
+        mask = given.pop("attention_mask", None)
+        if mask is not None:
+            if mask.shape != ids_BS.shape:
+                raise ValueError(
+                    f"attention_mask must mark the real tokens, {tuple(ids_BS.shape)}; got {tuple(mask.shape)}"
+                )
+            given["token_mask"] = mask.bool()
+        return {**given, "hidden": F.embedding(ids_BS, self.weight)}
+
+
+class BERTPositions(nn.Module):
+    """Adds a trained vector for each position and each segment, and normalises.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: BERTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.positions = nn.Parameter(torch.empty(config.context_length, config.hidden_size))
+        self.types = nn.Parameter(torch.empty(config.token_types, config.hidden_size))
+        for weight in (self.positions, self.types):
+            nn.init.normal_(weight, std=config.init_std)
+        self.norm = _norm(config)
+
+    def forward(self, value: BERTValue) -> BERTValue:
+        """Add to ``value["hidden"]``; without ``"token_type_ids"`` all tokens are of type 0."""
+        rest = {name: item for name, item in value.items() if name != "token_type_ids"}
+        x_BSD, types_BS = value["hidden"], value.get("token_type_ids")
+        typed = self.types[0] if types_BS is None else F.embedding(types_BS, self.types)
+        x_BSD = self.norm(x_BSD + self.positions[: x_BSD.shape[1]] + typed)
+        return {**rest, "hidden": F.dropout(x_BSD, self.dropout, self.training)}
+
+
+class BERTBlock(nn.Module):
+    """One transformer block: attend, add, normalise; transform, add, normalise.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: BERTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = _linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.out = _linear(config, config.hidden_size, config.hidden_size)
+        self.attn_norm = _norm(config)
+        self.up = _linear(config, config.hidden_size, config.mlp_size)
+        self.down = _linear(config, config.mlp_size, config.hidden_size)
+        self.mlp_norm = _norm(config)
+
+    def forward(self, value: BERTValue) -> BERTValue:
+        """Update ``value["hidden"]``; the other entries pass through."""
+        x_BSD, dropout = value["hidden"], self.config.dropout
+        attended = self.out(self._attend(x_BSD, value.get("token_mask")))
+        x_BSD = self.attn_norm(x_BSD + F.dropout(attended, dropout, self.training))
+        transformed = self.down(F.gelu(self.up(x_BSD)))
+        return {**value, "hidden": self.mlp_norm(x_BSD + F.dropout(transformed, dropout, self.training))}
+
+    def _attend(self, x_BSD: Tensor, real_BS: Tensor | None) -> Tensor:
+        rows, length, width = x_BSD.shape
+        config = self.config
+        q_BHSE, k_BHSE, v_BHSE = (
+            part.view(rows, length, config.num_heads, config.head_size).transpose(1, 2)
+            for part in self.qkv(x_BSD).chunk(3, dim=-1)
+        )
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BHSE,
+            k_BHSE,
+            v_BHSE,
+            # Of a row of which only padding was kept nothing may be attended to; PyTorch then gives zeros.
+            attn_mask=None if real_BS is None else real_BS[:, None, None, :],
+            dropout_p=config.dropout if self.training else 0.0,
+        )
+        return y_BHSE.transpose(1, 2).reshape(rows, length, width)
+
+
+class BERTTransform(nn.Module):
+    """The part of the masked-token head before the output layer; only the hidden states leave it.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: BERTConfig) -> None:
+        super().__init__()
+        self.linear = _linear(config, config.hidden_size, config.hidden_size)
+        self.norm = _norm(config)
+
+    def forward(self, value: BERTValue) -> Tensor:
+        """Hidden states for the output layer, ``[B, S, D]``."""
+        x_BSD: Tensor = self.norm(F.gelu(self.linear(value["hidden"])))
+        return x_BSD
+
+
+class BERTOutputBias(nn.Module):
+    """The output layer's bias, which the tied weight does not have.
+
+    Args:
+        config: The model's shape.
+    """
+
+    def __init__(self, config: BERTConfig) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, logits_BSV: Tensor) -> Tensor:
+        """Logits ``[B, S, V]``."""
+        return logits_BSV + self.bias
+
+
+def _linear(config: BERTConfig, inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.normal_(linear.weight, std=config.init_std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _norm(config: BERTConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
