@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 
 import numpy as np
@@ -52,8 +53,8 @@ def test_large_sizes_reach_everywhere() -> None:
 def permute_one(index: int, size: int, key: int) -> int:
     """The network written down anew with Python's integers: stored runs resume only if it never changes."""
     mask64 = 2**64 - 1
-    bits = (size - 1).bit_length()
-    low_bits = bits // 2
+    low_count = int(math.sqrt(size)) + 1
+    high_count = -(-size // low_count)
 
     def scramble(half: int, number: int) -> int:
         x = (half * 0x9E3779B97F4A7C15 + (key ^ (number * 0xD1B54A32D192ED03 & mask64))) & mask64
@@ -62,13 +63,13 @@ def permute_one(index: int, size: int, key: int) -> int:
 
     x = index
     while True:
-        low, high = x % 2**low_bits, x >> low_bits
+        high, low = divmod(x, low_count)
         for number in range(8):
             if number % 2 == 0:
-                low ^= scramble(high, number) % 2**low_bits
+                low = (low + (scramble(high, number) * low_count >> 32)) % low_count
             else:
-                high ^= scramble(low, number) % 2 ** (bits - low_bits)
-        x = high << low_bits | low
+                high = (high + (scramble(low, number) * high_count >> 32)) % high_count
+        x = low + high * low_count
         if x < size:
             return (x + key) % size
 

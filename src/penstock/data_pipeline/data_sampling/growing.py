@@ -212,9 +212,9 @@ class GrowingOrder:
             return self._segments[first].slots(k)
         which = np.searchsorted(np.array(self._starts, dtype=np.int64), k, side="right") - 1
         slots = np.empty(len(k), dtype=np.int64)
-        for number in np.unique(which):
+        for number in sorted(set(which.tolist())):
             here = which == number
-            slots[here] = self._segments[int(number)].slots(k[here])
+            slots[here] = self._segments[number].slots(k[here])
         return slots
 
     def pool_at(self, k: IntArray) -> IntArray:

@@ -1,9 +1,12 @@
 """Many keyed permutations at once: each element names its own size and key.
 
 The sampler draws from up to 256 blocks, or from many epochs, in one call; one permutation at a time would cost a
-hundred numpy calls each. This is a Feistel network with cycle
-walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), whose halves need not have the same
-width: so the network's domain is less than twice the size and an index walks one extra step on average at most.
+hundred numpy calls each. An index is written as a number of two digits, ``low + high * a``, and the digits change in
+turn, each by a keyed hash of the other: a Feistel network over ``Z_a x Z_b`` with ``a`` about the root of the size, as
+Black and Rogaway's "Ciphers with arbitrary finite domains" (CT-RSA 2002) generalise it. What lands outside of the size
+is sent through again. The two digits have room for less than one row more than the size, so that is about one index in
+the root of the size; with halves of whole bits it would be up to one in two, and most of the time would go into the
+last few that keep landing outside.
 """
 
 from typing import Any, Final
@@ -50,14 +53,12 @@ def permute(index: npt.NDArray[np.int64], size: npt.ArrayLike, key: npt.ArrayLik
 
 
 class _Network:
-    """The Feistel network on the smallest power of two that holds each size; parameters are arrays or scalars."""
+    """The Feistel network for each size; parameters are arrays or scalars."""
 
     def __init__(self, sizes: U64, keys: U64) -> None:
         self.sizes, self.keys = sizes, keys
-        bits = _bit_length(sizes - _ONE)
-        self.low_bits = bits >> _ONE
-        self.low_mask = (_ONE << self.low_bits) - _ONE
-        self.high_mask = (_ONE << (bits - self.low_bits)) - _ONE
+        self.low_count = np.sqrt(sizes.astype(np.float64)).astype(np.uint64) + _ONE  # any number near the root will do
+        self.high_count = (sizes + self.low_count - _ONE) // self.low_count
 
     def at(self, places: npt.NDArray[np.intp]) -> "_Network":
         """The network of some of the elements."""
@@ -69,15 +70,27 @@ class _Network:
         return part
 
     def __call__(self, x: U64) -> U64:
-        low, high = x & self.low_mask, x >> self.low_bits
+        high = x // self.low_count
+        low = x - high * self.low_count
         for number in range(_ROUNDS):
             round_key = self.keys ^ np.uint64((number * _ROUND_STEP) & 0xFFFFFFFFFFFFFFFF)
             if number % 2 == 0:
-                low ^= _scramble(high, round_key) & self.low_mask
+                _turn(low, _scramble(high, round_key), self.low_count)
             else:
-                high ^= _scramble(low, round_key) & self.high_mask
-        result: U64 = (high << self.low_bits) | low
-        return result
+                _turn(high, _scramble(low, round_key), self.high_count)
+        high *= self.low_count
+        high += low
+        return high
+
+
+def _turn(digit: U64, by: U64, count: U64) -> None:
+    """Add ``by * count / 2**32``, a number below ``count``, to the digit modulo ``count``."""
+    by *= count
+    by >>= _HALF
+    digit += by
+    # Below the count an unsigned difference wraps to the larger of the two.
+    np.subtract(digit, count, out=by)
+    np.minimum(digit, by, out=digit)
 
 
 def _scramble(half: U64, round_key: Any) -> U64:
@@ -88,11 +101,3 @@ def _scramble(half: U64, round_key: Any) -> U64:
     x *= _SPREAD_AGAIN
     x >>= _HALF
     return x
-
-
-def _bit_length(x: U64) -> U64:
-    """How many bits each number has, 0 for 0."""
-    # float64 rounds numbers above 2**53, up to the next power of two at most: take the top and the low half apart.
-    high, low = x >> np.uint64(32), x & np.uint64(0xFFFFFFFF)
-    bits = np.where(high > 0, np.frexp(high.astype(np.float64))[1] + 32, np.frexp(low.astype(np.float64))[1])
-    return np.asarray(bits, dtype=np.uint64)

@@ -52,9 +52,9 @@ class WeightedOrder:
         """See :class:`Order`."""
         epoch, place = np.divmod(k, self.epoch_size)
         result = np.empty(len(k), dtype=np.int64)
-        for number in np.unique(epoch):
+        for number in sorted(set(epoch.tolist())):
             here = epoch == number
-            result[here] = self._arrivals(int(number))[place[here]]
+            result[here] = self._arrivals(number)[place[here]]
         return result
 
     def digest(self) -> str:
