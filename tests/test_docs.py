@@ -19,6 +19,8 @@ from penstock.data_pipeline.data_sampling.config import CurriculumConfig, Metric
 from penstock.data_pipeline.data_sampling.curriculum import ScheduleDetails
 from penstock.data_pipeline.data_sampling.pacing import PacingConfig
 from penstock.data_pipeline.data_sampling.subset import SubsetConfig
+from penstock.data_pipeline.data_sampling.token_budget import TokenBudgetConfig
+from penstock.runtime.batching_section import SequenceLengthSection
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import ModelSection
 from penstock.runtime.local_updates_section import LocalUpdatesSection
@@ -82,6 +84,8 @@ def test_the_reference_has_every_key_of_a_run_with_its_default() -> None:
         **dict(keys_of(SubsetConfig, "sampling.subset.")),
         **dict(keys_of(CurriculumConfig, "sampling.curriculum.")),
         **dict(keys_of(PacingConfig, "sampling.curriculum.pacing.")),
+        **dict(keys_of(TokenBudgetConfig, "batching.token_budget.")),
+        **dict(keys_of(SequenceLengthSection, "batching.sequence_length.")),
         **dict(keys_of(MetricConfig, METRIC)),
         **dict(keys_of(ScheduleDetails, f"{METRIC}schedule_config.")),
     }

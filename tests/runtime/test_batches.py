@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from penstock.data_pipeline.data_sampling import Consumed
 from penstock.runtime.batches import Cut, collate_samples, from_iterator, from_order, split_pair, tokens_in
+from penstock.runtime.feed import Feed, Step
 
 
 def cut(
@@ -23,6 +24,10 @@ class Identity:
         return np.asarray(k)
 
 
+def step_of(part: Cut, start: int) -> Step:
+    return Feed(part.global_batch_size, part.micro_batches * part.replicas).step(0, samples=start, tokens=0)
+
+
 def rows(count: int, length: int = 5) -> list[np.ndarray[Any, Any]]:
     return [np.arange(length) + 100 * i for i in range(count)]
 
@@ -31,13 +36,15 @@ def rows(count: int, length: int = 5) -> list[np.ndarray[Any, Any]]:
 def test_replicas_share_out_what_one_process_computes(size: int, count: int, replicas: int, step: int) -> None:
     start = step * size * count * replicas
     data = rows(4 * size * count * replicas)
-    whole, read = from_order(data, Identity(), collate_samples, cut(size, count * replicas), start)
+    alone = cut(size, count * replicas)
+    whole, read = from_order(data, Identity(), collate_samples, alone, step_of(alone, start))
     expected = {batch.index: batch for batch in whole}
     assert sorted(expected) == list(range(count * replicas))
     seen = []
     together = Consumed()
     for replica in range(replicas):
-        part, its_own = from_order(data, Identity(), collate_samples, cut(size, count, replica, replicas), start)
+        here = cut(size, count, replica, replicas)
+        part, its_own = from_order(data, Identity(), collate_samples, here, step_of(here, start))
         together.add(its_own)
         for batch in part:
             assert torch.equal(batch.inputs, expected[batch.index].inputs)
@@ -49,7 +56,7 @@ def test_replicas_share_out_what_one_process_computes(size: int, count: int, rep
 
 
 def test_a_middle_stage_reads_nothing_but_knows_the_positions() -> None:
-    batches, _ = from_order(None, Identity(), collate_samples, cut(first=False, last=False), 6)
+    batches, _ = from_order(None, Identity(), collate_samples, cut(first=False, last=False), step_of(cut(), 6))
     assert [(b.inputs, b.targets, b.positions) for b in batches] == [
         (None, None, (6, 7)),
         (None, None, (8, 9)),
@@ -58,8 +65,8 @@ def test_a_middle_stage_reads_nothing_but_knows_the_positions() -> None:
 
 
 def test_first_and_last_stages_keep_only_their_half() -> None:
-    (first, *_), _ = from_order(rows(6), Identity(), collate_samples, cut(last=False), 0)
-    (last, *_), _ = from_order(rows(6), Identity(), collate_samples, cut(first=False), 0)
+    (first, *_), _ = from_order(rows(6), Identity(), collate_samples, cut(last=False), step_of(cut(), 0))
+    (last, *_), _ = from_order(rows(6), Identity(), collate_samples, cut(first=False), step_of(cut(), 0))
     assert first.targets is None
     assert last.inputs is None
     assert first.inputs.tolist() == [[0, 1, 2, 3], [100, 101, 102, 103]]

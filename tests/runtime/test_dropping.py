@@ -60,7 +60,7 @@ def test_every_key_of_the_section_reaches_the_layers() -> None:
     growing = [8 + int(((step - 2) / 10) ** 0.5 * (LENGTH - 8)) for step in range(2, 9)]
     assert kept == [LENGTH, LENGTH, *growing, LENGTH, LENGTH]
     # Six blocks, of which four compute 10 of 24 tokens of each of 8 samples.
-    assert dropping.layer_tokens(8 * LENGTH, 10) == 8 * (2 * LENGTH + 4 * 10)
+    assert dropping.layer_tokens(8 * LENGTH, 10, rows=8) == 8 * (2 * LENGTH + 4 * 10)
     value = stage.layers["0"](torch.tensor([[1, 3, 2, 3]]))
     assert value["protected_tokens"].tolist() == [[False, True, False, True]]
 

@@ -74,9 +74,9 @@ def test_what_is_printed_was_read_and_the_run_proves_it(config: dict[str, Any], 
     printed = order(tmp_path / "config.yaml", "--to", 36)
     assert printed.exit_code == 0
     lines = [line.split("\t") for line in printed.stdout.splitlines()]
-    assert lines[0] == ["position", "step", "sample"]
+    assert lines[0] == ["consumed", "position", "sample"]
     assert [int(line[0]) for line in lines[1:]] == list(range(36))
-    assert [int(line[1]) for line in lines[1:]] == [k // 4 for k in range(36)]
+    assert [int(line[1]) for line in lines[1:]] == list(range(36))
     assert [int(line[2]) for line in lines[1:]] == seen
     one_batch = order(run, "--from", 8).stdout.splitlines()[1:]
     assert [int(line.split("\t")[2]) for line in one_batch] == seen[8:12]

@@ -12,7 +12,7 @@ def order(
     source: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", show_default=False, help="A configuration or a run's directory.")
     ] = None,
-    start: Annotated[int, typer.Option("--from", min=0, help="First position of the run's order.")] = 0,
+    start: Annotated[int, typer.Option("--from", min=0, help="Samples consumed before the first one.")] = 0,
     stop: Annotated[
         int | None, typer.Option("--to", min=0, show_default=False, help="One past the last; by default one batch.")
     ] = None,
@@ -53,10 +53,10 @@ def order(
         def show(what: str, done: int, total: int) -> None:
             status.update(f"{what}: {done:,} of {total:,} samples")
 
-        config, found = run_order(source, list(overrides or ()), progress=show)
+        config, found, feed = run_order(source, list(overrides or ()), progress=show)
         stop = start + config.train.global_batch_size if stop is None else stop
         if stop < start:
             raise ValueError(f"--to {stop} lies before --from {start}")
-    typer.echo("position\tstep\tsample")
-    for row in rows(found, start, stop):
+    typer.echo("consumed\tposition\tsample")
+    for row in rows(found, feed, start, stop):
         typer.echo("\t".join(map(str, row)))

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from penstock.data_pipeline.data_sampling import Consumed
 from penstock.data_pipeline.datasets import TokenCollator
 from penstock.pipe.micro_batch import MicroBatch
+from penstock.runtime.feed import Step
 
 Collate = Callable[[list[Any]], tuple[Any, Any]]
 
@@ -66,8 +67,8 @@ class Cut:
         return range(first, first + self.micro_batch_size)
 
 
-def from_order(dataset: Any, order: Order, collate: Collate, cut: Cut, start: int) -> tuple[list[MicroBatch], Consumed]:
-    """The micro-batches of the step that begins at position ``start``, read from a map-style dataset.
+def from_order(dataset: Any, order: Order, collate: Collate, cut: Cut, step: Step) -> tuple[list[MicroBatch], Consumed]:
+    """This replica's micro-batches of a step, read from a map-style dataset.
 
     Ranks without the first or the last stage read nothing.
 
@@ -78,15 +79,16 @@ def from_order(dataset: Any, order: Order, collate: Collate, cut: Cut, start: in
     micro_batches = []
     read = Consumed()
     for index in cut.indices():
-        positions = cut.positions(index, start)
+        planned = step.batches[index]
         inputs: Any = None
         targets: Any = None
         if cut.is_first or cut.is_last:
-            rows = order.sample_at(np.asarray(positions, dtype=np.int64))
+            rows = order.sample_at(planned.positions)
             inputs, targets = collate([dataset[int(row)] for row in rows])
-            if cut.is_first:
-                read.enter(np.asarray(positions, dtype=np.int64), rows)
-        micro_batches.append(_micro_batch(inputs, targets, index, tuple(positions), cut))
+            if cut.is_first and planned.weight:
+                read.enter(np.arange(planned.first, planned.first + len(rows)), rows)
+        positions = tuple(planned.positions.tolist())
+        micro_batches.append(_micro_batch(inputs, targets, index, positions, cut, planned.weight))
     return micro_batches, read
 
 
@@ -137,15 +139,20 @@ def split_pair(item: Any, *, targets_needed: bool = True) -> tuple[Any, Any]:
     )
 
 
-def collate_samples(samples: list[Any], *, targets_needed: bool = True) -> tuple[Any, Any]:
+def collate_samples(
+    samples: list[Any], *, targets_needed: bool = True, multiple_of: int | None = None
+) -> tuple[Any, Any]:
     """Stack samples into ``(inputs, targets)``.
 
     One-dimensional integer samples are tokens of one length ``S + 1``: inputs are the first ``S`` and labels the last
-    ``S``, int64 ``[B, S]``. Anything else must be a pair, stacked by torch's default collation; where no targets are
-    needed, what is no pair is inputs alone.
+    ``S``, int64 ``[B, S]``. With ``multiple_of`` they may differ in length, and are padded to such a multiple. Anything
+    else must be a pair, stacked by torch's default collation; where no targets are needed, what is no pair is inputs
+    alone.
     """
     first = samples[0]
     if _is_tokens(first):
+        if multiple_of is not None:
+            return TokenCollator(multiple_of=multiple_of)(samples)
         lengths = {len(sample) for sample in samples}
         if len(lengths) > 1:
             raise ValueError(
@@ -183,12 +190,15 @@ def _rows(inputs: Any) -> int | None:
     return None
 
 
-def _micro_batch(inputs: Any, targets: Any, index: int, positions: Sequence[int], cut: Cut) -> MicroBatch:
+def _micro_batch(
+    inputs: Any, targets: Any, index: int, positions: Sequence[int], cut: Cut, weight: float = 1.0
+) -> MicroBatch:
     return MicroBatch(
         inputs=_to(inputs, cut.device) if cut.is_first else None,
         targets=_to(targets, cut.device) if cut.is_last else None,
         index=index,
         positions=tuple(positions),
+        weight=weight,
     )
 
 

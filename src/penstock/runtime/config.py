@@ -19,6 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from penstock._core.counted import counted
 from penstock.data_pipeline.configuration import apply_overrides, read_mapping, validate_config
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
+from penstock.runtime.batch_sizes import BatchSizes
+from penstock.runtime.batching_section import BatchingSection
 from penstock.runtime.config_sections import (
     CompressionSection,
     DataParallelSection,
@@ -66,6 +68,7 @@ class TrainConfig(Section):
         pipe: Stages and schedule.
         data_parallel: Replicas.
         train: Batch sizes and length.
+        batching: Steps that differ in samples and tokens.
         data: Paths and sequence length.
         sampling: Handed to :class:`penstock.data_pipeline.data_sampling.DataSampler`: strategy, seed, curriculum.
         random_ltd: Token dropping; None drops nothing.
@@ -84,6 +87,7 @@ class TrainConfig(Section):
     pipe: PipeSection = Field(default_factory=PipeSection)
     data_parallel: DataParallelSection = Field(default_factory=DataParallelSection)
     train: TrainSection
+    batching: BatchingSection = Field(default_factory=BatchingSection)
     data: DataSection = Field(default_factory=DataSection)
     sampling: dict[str, Any] = Field(default_factory=dict)
     random_ltd: RandomLTDSection | None = None
@@ -116,6 +120,7 @@ class TrainConfig(Section):
                 "set precision: fp16, or remove the section"
             )
         self._check_batches()
+        self._check_batching()
         self._check_lengths()
         self._check_exchange()
         self._check_local_updates()
@@ -132,6 +137,8 @@ class TrainConfig(Section):
     @property
     def tokens_per_step(self) -> int | None:
         """Tokens of one global batch of full sequences, or None when the sequence length is unknown."""
+        if self.batching.token_budget is not None:
+            return self.batching.token_budget.max_tokens * (self.train.global_batch_size // self.train.micro_batch_size)
         length = self.sequence_length
         return None if length is None else length * self.train.global_batch_size
 
@@ -142,7 +149,23 @@ class TrainConfig(Section):
             return self.train.steps
         assert self.train.total_tokens is not None  # exactly one is given
         assert self.tokens_per_step is not None  # checked at loading
+        if self.batching.sizes:
+            return self.batch_sizes.steps_within(self.train.total_tokens)
         return self.train.total_tokens // self.tokens_per_step
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of a step by the tokens consumed."""
+        return BatchSizes(self.train.global_batch_size, self.batching.sizes, self.sequence_length or 1)
+
+    @property
+    def tokens_of_run(self) -> int | None:
+        """Tokens that the run's steps read of full sequences, or None when the sequence length is unknown."""
+        if self.train.total_tokens is not None:
+            return self.train.total_tokens
+        if self.batching.sizes:
+            return self.batch_sizes.tokens_after(self.total_steps) if self.sequence_length else None
+        return None if self.tokens_per_step is None else self.total_steps * self.tokens_per_step
 
     @property
     def random_ltd_enabled(self) -> bool:
@@ -185,6 +208,45 @@ class TrainConfig(Section):
     def _check_batches(self) -> None:
         if self.data_parallel.replicas is not None:
             self.micro_batches(self.data_parallel.replicas)
+
+    def _check_batching(self) -> None:
+        batching, train = self.batching, self.train
+        micro_batches = train.global_batch_size // train.micro_batch_size
+        for _, size in batching.sizes:
+            if size % micro_batches:
+                below, above = size // micro_batches * micro_batches, -(-size // micro_batches) * micro_batches
+                raise ValueError(
+                    f"batching.sizes: {size} samples cannot be divided into a step's {micro_batches} micro-batches "
+                    f"(global_batch_size / micro_batch_size), whose rows grow; take {below or above} or {above}"
+                )
+        if batching.sizes and self.sequence_length is None:
+            raise ValueError("batching.sizes are keyed by tokens; set data.sequence_length")
+        if self.data.cut != "windows" and batching.token_budget is None:
+            raise ValueError(
+                f"data.cut={self.data.cut} gives samples of different lengths; set batching.token_budget to batch them"
+            )
+        varied = bool(batching.sizes) or batching.sequence_length is not None
+        if varied and self.schedule.by == "layer_tokens" and self.schedule.total_tokens is None:
+            raise ValueError(
+                "schedule.by=layer_tokens does not know how many a run computes whose steps differ (batching.sizes, "
+                "batching.sequence_length); set schedule.total_tokens, or schedule.by: tokens"
+            )
+        if batching.token_budget is not None:
+            if self.train.loss_weighting != "tokens":
+                raise ValueError(
+                    f"train.loss_weighting={self.train.loss_weighting} counts micro-batches alike, but those of "
+                    "batching.token_budget differ in rows and may repeat some; set train.loss_weighting: tokens"
+                )
+            if self.random_ltd_enabled:
+                raise ValueError(
+                    "random_ltd keeps a number of tokens of sequences of one length, and batching.token_budget makes "
+                    "batches of different lengths; keep one of them"
+                )
+            if (self.sampling.get("curriculum") or {}).get("pacing") is not None:
+                raise ValueError(
+                    "batching.token_budget sorts samples ahead of the step at which a paced curriculum decides about "
+                    "them; keep one of batching.token_budget and sampling.curriculum.pacing"
+                )
 
     def _check_lengths(self) -> None:
         length = self.sequence_length

@@ -187,12 +187,16 @@ class DataSection(Section):
         heldout: Path of the held-out data; None evaluates on nothing.
         tokenizer: Path of the ``tokenizer.json`` that made the tokens: gives the vocabulary's size and bits per byte.
         sequence_length: Tokens per training sample; None takes ``model.context``.
+        cut: How a token corpus becomes samples. ``windows``: its documents end to end, in windows of
+            ``sequence_length``. ``documents``: each by itself, in pieces of up to ``sequence_length``. ``powers``: the
+            same in pieces whose lengths are powers of two. The last two are for ``batching.token_budget``.
     """
 
     train: str | None = None
     heldout: str | None = None
     tokenizer: str | None = None
     sequence_length: int | None = Field(default=None, ge=1)
+    cut: Literal["windows", "documents", "powers"] = "windows"
 
 
 class CompressionSection(Section):

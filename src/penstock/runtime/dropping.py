@@ -51,7 +51,6 @@ class Dropping:
         self.layers = frozenset(blocks[number] for number in given.layer_ids(len(blocks)))
         self._blocks = blocks
         self._scheduler = RandomLTDScheduler(section)
-        self._batch = config.train.global_batch_size
         self._mark: partial[MarkProtectedTokens] | None = None
         if given.protect_tokens or given.document_separator is not None:
             self._mark = partial(
@@ -77,9 +76,9 @@ class Dropping:
         """Set the kept length for a step, before which so many tokens were read; returns it."""
         return self._scheduler.update_seq(step, tokens)
 
-    def layer_tokens(self, tokens: int, kept: int) -> int:
-        """Tokens that the blocks compute in a step that reads ``tokens`` and keeps ``kept`` of each sequence."""
-        dropped = max(0, tokens - self._batch * kept)
+    def layer_tokens(self, tokens: int, kept: int, *, rows: int) -> int:
+        """Tokens that the blocks compute in a step of ``tokens`` in ``rows`` sequences that keep ``kept`` each."""
+        dropped = max(0, tokens - rows * kept)
         return tokens * len(self._blocks) - dropped * len(self.layers)
 
     def planned_layer_tokens(self, steps: int) -> int:

@@ -17,6 +17,7 @@ from penstock.pipe.step import StepResult
 from penstock.runtime import batches
 from penstock.runtime.clipping import clip_, global_norm, largest
 from penstock.runtime.engine_state import load, save
+from penstock.runtime.feed import Shape, Step
 from penstock.runtime.gather import any_rank, gather_json
 from penstock.runtime.ledger import chain, merge
 from penstock.runtime.local_replicas import common_weights
@@ -129,8 +130,10 @@ class Engine:
             started = time.perf_counter()
             self.optimizer.zero_grad()  # a step that ended in an error leaves gradients behind
             kept = None if parts.dropping is None else parts.dropping.update(progress.step, progress.tokens)
-            micro_batches, consumed = self._training_batches(data_iter)
-            micro_batches = self._weighted(micro_batches)
+            step = parts.feed.step(progress.step, samples=progress.samples, tokens=progress.tokens)
+            micro_batches, consumed = self._training_batches(data_iter, step)
+            if step.tokens is None:  # otherwise the step's plan has weighed them
+                micro_batches = self._weighted(micro_batches)
             read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.is_first else 0
             result = parts.pipeline.train_step(
                 micro_batches,
@@ -138,17 +141,21 @@ class Engine:
                 tally=(read, self.stop_request.heard),
                 loss_scale=1.0 if parts.scaler is None else parts.scaler.scale,
             )
-            tokens, self.stopping = round(result.tally[0]), result.tally[1] > 0
+            tokens = round(result.tally[0]) if step.tokens is None else step.tokens
+            self.stopping = result.tally[1] > 0
             skipped = self._overflowed(result.loss)
             if not skipped:
                 self._check_finite("loss", result.loss)
             norm = None if skipped else self._clip()
-            layer_tokens = 0 if parts.dropping is None or kept is None else parts.dropping.layer_tokens(tokens, kept)
-            lr = self._set_lr(tokens, layer_tokens)
+            shapes = parts.feed.shapes(step, tokens)
+            layer_tokens = 0
+            if parts.dropping is not None and kept is not None:
+                layer_tokens = parts.dropping.layer_tokens(tokens, kept, rows=sum(shape.rows for shape in shapes))
+            lr = self._set_lr(tokens, layer_tokens, step.lr_factor)
             if not skipped:
                 self.optimizer.step()
             self.optimizer.zero_grad()
-            self._advance(started, kept, lr, norm, tokens, result, skipped=skipped)
+            self._advance(started, kept, lr, norm, tokens, result, step, shapes, skipped=skipped)
             progress.layer_tokens += layer_tokens
             progress.read.add(consumed)
         return result.loss
@@ -268,16 +275,22 @@ class Engine:
             self.parts.watcher.report(error)
             raise
 
-    def _training_batches(self, data_iter: Iterator[Any] | None) -> tuple[list[MicroBatch], Consumed]:
+    def _training_batches(self, data_iter: Iterator[Any] | None, step: Step) -> tuple[list[MicroBatch], Consumed]:
         parts = self.parts
         if data_iter is not None:
+            if parts.feed.varies:
+                raise ValueError(
+                    "the batching section decides what a step reads of the training data, but train_batch was given a "
+                    "data_iter; remove one of them"
+                )
             return self._given_batches(data_iter), Consumed()  # which samples these are is not known here
         if parts.training_data is None or parts.order is None:
             raise ValueError(
                 "there is nothing to train on: give train_batch a data_iter, initialize a training_data, "
                 "or the configuration a data.train"
             )
-        return batches.from_order(parts.training_data, parts.order, parts.collate, parts.cut, self.progress.samples)
+        collate = parts.feed.collate(parts.collate, step)
+        return batches.from_order(parts.training_data, parts.order, collate, parts.cut, step)
 
     def _given_batches(self, data_iter: Iterator[Any]) -> list[MicroBatch]:
         parts = self.parts
@@ -315,7 +328,7 @@ class Engine:
         if value - value != 0.0:  # NaN and both infinities
             raise NotFiniteError(
                 f"step {self.progress.step}: the {what} is {value}; lower the learning rate, look at the samples at "
-                f"positions {self.progress.samples} to {self.progress.samples + self.parts.cut.global_batch_size - 1}, "
+                f"positions {self.progress.samples} and on (penstock order prints them), "
                 "or go back to an earlier checkpoint"
             )
 
@@ -333,14 +346,14 @@ class Engine:
         clip_(self.stage.parameters(), norm=norm, max_norm=limit)
         return norm
 
-    def _set_lr(self, step_tokens: int, step_layer_tokens: int) -> float:
+    def _set_lr(self, step_tokens: int, step_layer_tokens: int, step_factor: float) -> float:
         schedule, clock, step = self.parts.schedule, self.progress.tokens, step_tokens
         if schedule is not None and schedule.by == "layer_tokens":
             clock, step = self.progress.layer_tokens, step_layer_tokens
         for group in self.optimizer.param_groups:
             if schedule is not None:
                 factor = schedule.lr_for_step(clock, step) / schedule.peak
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * factor * step_factor
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
 
     def _advance(
@@ -351,16 +364,18 @@ class Engine:
         norm: float | None,
         tokens: int,
         result: StepResult,
+        step: Step,
+        shapes: tuple[Shape, ...],
         *,
         skipped: bool,
     ) -> None:
         parts, progress = self.parts, self.progress
         difficulty = {} if parts.order is None else dict(parts.order.difficulty_at(progress.samples))
         progress.step += 1
-        progress.samples += parts.cut.global_batch_size
+        progress.samples += step.samples
         progress.tokens += tokens
         seconds = time.perf_counter() - started
-        parts.rates.enter(tokens=tokens, kept=kept, seconds=seconds, bubble_seconds=result.bubble_seconds)
+        parts.rates.enter(shapes, tokens=tokens, kept=kept, seconds=seconds, bubble_seconds=result.bubble_seconds)
         self.last = StepReport(
             step=progress.step - 1,
             loss=result.loss,

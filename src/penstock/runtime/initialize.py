@@ -130,6 +130,7 @@ def initialize(
             seed=settings.seed,
             device=process.device,
         )
+        budget = settings.batching.token_budget
         cut = Cut(
             micro_batch_size=settings.train.micro_batch_size,
             micro_batches=ready.micro_batches,
@@ -155,12 +156,17 @@ def initialize(
                 local_updates=local_updates,
                 schedule=ready.schedule,
                 cut=cut,
+                feed=ready.feed,
                 dropping=ready.dropping,
                 rates=Rates.of(module, stage, ready.dropping, cut, meter),
                 training_data=ready.dataset,
                 order=ready.order,
                 scaler=LossScaler(settings.fp16) if settings.precision == "fp16" else None,
-                collate=partial(collate_samples, targets_needed=ready.loss_fn is not None),
+                collate=partial(
+                    collate_samples,
+                    targets_needed=ready.loss_fn is not None,
+                    multiple_of=None if budget is None else budget.multiple_of,
+                ),
             )
         )
     except BaseException as error:

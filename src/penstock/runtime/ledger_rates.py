@@ -1,5 +1,7 @@
 """Gives a ledger its formulas, and enters each training step in it."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +15,7 @@ from penstock.pipe.module import PipelineModule
 from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Cut
 from penstock.runtime.dropping import Dropping
+from penstock.runtime.feed import Shape
 from penstock.runtime.ledger import LayerFlops, Ledger
 
 
@@ -62,22 +65,38 @@ class Rates:
         dropping_layers = frozenset() if dropping is None else dropping.layers
         return cls(ledger, layers, dropping_layers, gradient_bytes, cut)
 
-    def enter(self, *, tokens: int, kept: int | None, seconds: float, bubble_seconds: float) -> None:
+    def enter(
+        self, shapes: Sequence[Shape], *, tokens: int, kept: int | None, seconds: float, bubble_seconds: float
+    ) -> None:
         """Enter one step.
 
         Args:
-            tokens: Tokens of the global batch.
+            shapes: The sequences of each micro-batch of the global batch.
+            tokens: Tokens of the global batch, without padding.
             kept: Tokens of each sequence that dropping layers computed; None without dropping.
             seconds: Wall-clock of the step.
             bubble_seconds: Of these, waiting for neighbours in the pipeline.
         """
         cut, ledger = self.cut, self.ledger
-        rows = cut.micro_batch_size * cut.micro_batches
-        length = tokens // cut.global_batch_size
+        here = Counter(shapes[index] for index in cut.indices())
         if cut.is_first:
-            ledger.count_read(rows, rows * length)
+            # Each replica enters its share: padding is spread over them as the computed tokens are.
+            everywhere = sum(shape.rows * shape.length for shape in shapes)
+            computed = sum(count * shape.rows * shape.length for shape, count in here.items())
+            plain = sum(count * shape.rows * shape.plain_length for shape, count in here.items())
+            read = tokens * computed // everywhere
+            ledger.count_read(
+                sum(count * shape.rows for shape, count in here.items()), read, plain_tokens=read + plain - computed
+            )
         for layer in self.layers:
-            ledger.count_layer(layer, rows, length, kept=kept if layer in self.dropping_layers else None)
+            for shape, count in here.items():
+                ledger.count_layer(
+                    layer,
+                    count * shape.rows,
+                    shape.length,
+                    kept=kept if layer in self.dropping_layers else None,
+                    plain_seq_len=shape.plain_length,
+                )
         ledger.count_step(seconds, bubble_seconds)
         ledger.count_plain_exchange(self.gradient_bytes, cut.replicas)
 

@@ -121,7 +121,7 @@ def lr_schedule(
         in_steps = layer_tokens
     total = section.total_tokens
     if total is None:
-        in_tokens = config.train.total_tokens if section.by == "tokens" else None
+        in_tokens = config.tokens_of_run if section.by == "tokens" else None
         total = in_tokens or in_steps(config.total_steps)
     warmup = section.warmup_tokens
     if warmup is None:

@@ -17,6 +17,7 @@ from penstock.data_pipeline.datasets.tokenize import load_tokenizer
 from penstock.models.gpt import gpt_layers, gpt_loss
 from penstock.pipe.module import LayerSpec, PipelineModule
 from penstock.runtime import demo
+from penstock.runtime.batching_section import BatchingSection
 from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import CompressionSection, DataParallelSection, PipeSection
@@ -122,6 +123,8 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> HeldOut:
             "compression": CompressionSection(),
             "random_ltd": None,
             "sampling": {},
+            "batching": BatchingSection(),
+            "data": config.data.model_copy(update={"cut": "windows"}),
         }
     )
     windows = heldout_windows(config)

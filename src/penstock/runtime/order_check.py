@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.data_pipeline.data_sampling import Consumed, DataSampler
 from penstock.data_pipeline.data_sampling.entry_points import Progress
 from penstock.runtime.checkpoint import Checkpoint
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.engine_state import find
-from penstock.runtime.preparation import open_training_data, training_order
+from penstock.runtime.feed import Feed
+from penstock.runtime.preparation import open_training_data, training_feed, training_order
 from penstock.runtime.run_directory import CHECKPOINTS_NAME, CONFIG_NAME
 
 
@@ -42,8 +45,8 @@ class Account:
 
 def run_order(
     source: Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
-) -> tuple[TrainConfig, DataSampler]:
-    """The order of a run's samples.
+) -> tuple[TrainConfig, DataSampler, Feed]:
+    """The order of a run's samples, and what each step reads of it.
 
     Args:
         source: A configuration, or a run's directory. The data must be named in it by ``data.train``.
@@ -61,7 +64,7 @@ def run_order(
     checkpoint = _newest(source)
     if checkpoint is not None and order.paced:
         _take_log(order, checkpoint)
-    return config, order
+    return config, order, training_feed(config, order)
 
 
 def verify_run(run: Path, overrides: Sequence[str] = ()) -> list[Account]:
@@ -75,21 +78,27 @@ def verify_run(run: Path, overrides: Sequence[str] = ()) -> list[Account]:
         ValueError: There is no complete checkpoint, or it is of another order.
     """
     checkpoint = find(run / CHECKPOINTS_NAME)
-    _, order = run_order(run, overrides)
+    _, order, feed = run_order(run, overrides)
     state = _take_log(order, checkpoint)
     expected, done, found = Consumed(), 0, []
     for entry in state["consumed"]:
         samples = int(entry["samples"])
-        expected.add(Consumed.of(order.sample_at, done, samples))
+        expected.add(Consumed.of(partial(_samples, order, feed), done, samples))
         done = samples
         found.append(Account(int(entry["step"]), samples, int(entry["count"]), entry["digest"], expected.digest))
     return found
 
 
-def rows(order: DataSampler, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """Position, step and sample for the positions ``start`` to ``stop - 1``."""
-    samples = order.sample_at(np.arange(start, stop))
-    return [(k, k // order.config.batch_size, sample) for k, sample in enumerate(samples.tolist(), start)]
+def rows(order: DataSampler, feed: Feed, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """The samples that a run consumes as its ``start``-th to ``stop - 1``-th: number, position in the order, sample."""
+    positions = feed.positions(start, stop)
+    samples = order.sample_at(positions)
+    return list(zip(range(start, stop), positions.tolist(), samples.tolist(), strict=True))
+
+
+def _samples(order: DataSampler, feed: Feed, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The samples that a run consumes, by a stretch of their numbers."""
+    return order.sample_at(feed.positions(int(consumed[0]), int(consumed[-1]) + 1))
 
 
 def _newest(run: Path) -> Checkpoint | None:

@@ -18,6 +18,7 @@ from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Collate, Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.dropping import Dropping
+from penstock.runtime.feed import Feed
 from penstock.runtime.ledger_rates import Rates
 from penstock.runtime.loss_scaler import LossScaler
 from penstock.runtime.lr_schedule import LRSchedule
@@ -77,6 +78,7 @@ class Parts:
     local_updates: LocalUpdates | None
     schedule: LRSchedule | None
     cut: Cut
+    feed: Feed
     dropping: Dropping | None
     rates: Rates
     scaler: LossScaler | None = None

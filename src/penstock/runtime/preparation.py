@@ -7,19 +7,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 from torch.optim import Optimizer
 
 from penstock.data_pipeline.data_sampling import DataSampler
 from penstock.data_pipeline.data_sampling.entry_points import Progress
+from penstock.data_pipeline.data_sampling.pieces import DocumentPieces
+from penstock.data_pipeline.data_sampling.token_budget import TokenBudget
 from penstock.data_pipeline.datasets import TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from penstock.runtime.config import TrainConfig, check_world, load_config
 from penstock.runtime.dropping import Dropping
+from penstock.runtime.feed import Feed
 from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
 from penstock.runtime.run_directory import ORDER_NAME
+from penstock.runtime.sequence_lengths import SequenceLengths
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Prepared:
         dropping: Token dropping, if any.
         dataset: The opened training data, if any.
         order: In which order it is read.
+        feed: What each step reads of it.
         schedule: The learning rate's, unless a user's optimizer keeps its own.
     """
 
@@ -48,6 +55,7 @@ class Prepared:
     dropping: Dropping | None
     dataset: Any
     order: DataSampler | None
+    feed: Feed
     schedule: LRSchedule | None
 
 
@@ -81,6 +89,7 @@ def prepare(
     _check_muon(settings, optimizer)
     dataset = open_training_data(settings, training_data)
     dropping = _dropping(settings, module)
+    order = None if dataset is None else training_order(settings, dataset)
     return Prepared(
         config=settings,
         module=module,
@@ -90,7 +99,8 @@ def prepare(
         loss_fn=loss_fn if loss_fn is not None else getattr(module, "loss_fn", None),
         dropping=dropping,
         dataset=dataset,
-        order=None if dataset is None else training_order(settings, dataset),
+        order=order,
+        feed=training_feed(settings, order),
         schedule=_schedule(settings, optimizer, dropping),
     )
 
@@ -198,7 +208,11 @@ def open_training_data(config: TrainConfig, training_data: Any = None) -> Any:
         length = config.sequence_length
         if length is None:
             raise ValueError(f"{source}: a token corpus needs data.sequence_length, the tokens per sample")
-        return TokenWindows(dataset, length)
+        if config.data.cut == "windows":
+            return TokenWindows(dataset, length)
+        return DocumentPieces(dataset, length, "powers" if config.data.cut == "powers" else "longest")
+    if config.data.cut != "windows":
+        raise ValueError(f"data.cut={config.data.cut} cuts a token corpus (.bin/.idx), which {source!r} is not")
     if not len(dataset):
         raise ValueError(f"the training data holds no samples: {source!r}")
     return dataset
@@ -218,6 +232,51 @@ def training_order(config: TrainConfig, dataset: Any, *, progress: Progress | No
         # The ranks of a run, and its later starts, are to sort the samples once.
         sampling["curriculum"] = {**curriculum, "cache": str(Path(config.output) / ORDER_NAME)}
     return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size}, progress=progress)
+
+
+def training_feed(config: TrainConfig, order: DataSampler | None) -> Feed:
+    """What the steps of a run read.
+
+    Args:
+        config: The run's configuration.
+        order: What :func:`training_order` returned; None where the run reads no data of its own.
+
+    Raises:
+        ValueError: The batching section does not fit the data.
+    """
+    batching, train = config.batching, config.train
+    micro_batches = train.global_batch_size // train.micro_batch_size
+    budget = None
+    if batching.token_budget is not None:
+        if order is None:
+            raise ValueError("batching.token_budget cuts the training data into steps; set data.train or training_data")
+        budget = TokenBudget(
+            _lengths(order.data), order.sample_at, order.epoch_size, micro_batches, config.seed, batching.token_budget
+        )
+    return Feed(
+        train.global_batch_size,
+        micro_batches,
+        sizes=config.batch_sizes if batching.sizes else None,
+        budget=budget,
+        lengths=None
+        if batching.sequence_length is None
+        else SequenceLengths.of(batching.sequence_length, config.sequence_length),
+        lr_scaling=batching.lr_scaling,
+    )
+
+
+def _lengths(dataset: Any) -> npt.NDArray[Any]:
+    """Tokens of each sample as a model sees them: one less than a row has, which also gives the labels."""
+    lengths = getattr(dataset, "lengths", None)
+    if lengths is None:
+        rows = [np.asarray(dataset[index]) for index in range(len(dataset))]
+        if any(row.ndim != 1 or row.dtype.kind not in "iu" for row in rows):
+            raise ValueError(
+                "batching.token_budget needs samples that are rows of integer tokens; give a dataset of such rows, or "
+                "one with an attribute `lengths`"
+            )
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    return np.asarray(lengths, dtype=np.int64) - 1
 
 
 def _schedule(config: TrainConfig, optimizer: Any, dropping: Dropping | None) -> LRSchedule | None:

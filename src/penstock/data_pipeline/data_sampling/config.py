@@ -16,7 +16,8 @@ class MetricConfig(BaseModel):
 
     Attributes:
         values: The metric of each sample; or
-        path: where it is stored: an analyzer's output directory, or a ``.npy`` file.
+        path: where it is stored: an analyzer's output directory, or a ``.npy`` file. Without both, the metric is the
+            length of each sample, of a dataset that has ``lengths``.
         difficulty_type: ``value``: difficulties are values of the metric. ``percentile``: they are percentages, above 0
             and up to 100, of the samples sorted by it.
         min_difficulty, max_difficulty, schedule_type, schedule_config: See :class:`ScheduleConfig`.
@@ -34,7 +35,7 @@ class MetricConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.values is None) == (self.path is None):
+        if self.values is not None and self.path is not None:
             raise ValueError("give the metric's numbers either as values or as the path where they are stored")
         self.schedule()
         return self

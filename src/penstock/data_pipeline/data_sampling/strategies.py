@@ -93,7 +93,7 @@ def _over(
     for metric in config.curriculum.metrics.values():
         if metric.path is not None and _is_analysis(metric.path):
             Analysis.load(metric.path, verify=False).check_dataset(data)
-    return _curriculum(config.curriculum, config, len(data), size, members, progress)
+    return _curriculum(config.curriculum, config, data, size, members, progress)
 
 
 def importance_weights(scores: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
@@ -114,12 +114,12 @@ def importance_weights(scores: npt.NDArray[Any], temperature: float) -> npt.NDAr
 def _curriculum(
     curriculum: CurriculumConfig,
     config: SamplingConfig,
-    total: int,
+    data: Any,
     size: int,
     members: IntArray | None,
     progress: Progress | None,
 ) -> Strategy:
-    metrics = [_metric(name, metric, total, members) for name, metric in curriculum.metrics.items()]
+    metrics = [_metric(name, metric, data, members) for name, metric in curriculum.metrics.items()]
     identity = None
     if curriculum.cache is not None and members is None:
         identity = digest_of(
@@ -172,9 +172,17 @@ def _per_sample(name: str, given: Any, data: Any, members: IntArray | None) -> n
     return values if members is None or callable(given) else values[members]
 
 
-def _metric(name: str, config: MetricConfig, size: int, members: IntArray | None) -> DifficultyMetric:
-    order = None
-    if config.path is None:
+def _metric(name: str, config: MetricConfig, data: Any, members: IntArray | None) -> DifficultyMetric:
+    order, size = None, len(data)
+    if config.path is None and config.values is None:
+        lengths = getattr(data, "lengths", None)
+        if lengths is None:
+            raise ValueError(
+                f"metric {name!r}: give its values, or the path where they are stored; without both it is the length "
+                f"of each sample, which {type(data).__name__} does not know"
+            )
+        values = np.asarray(lengths)
+    elif config.path is None:
         values = np.asarray(config.values)
     elif not _is_analysis(config.path):
         values = _load_array(config.path)

@@ -146,6 +146,12 @@ class _Window:
             )
         )
 
+    def sequence(self) -> IntArray:
+        """The window's places in the order in which its steps take them."""
+        groups, repeats = self._groups.tolist(), self._repeats.tolist()
+        taken = [pair for group, last in zip(groups, repeats, strict=True) for pair in group[: len(group) - last]]
+        return np.concatenate([self._sorted[first:end] for first, end in taken])
+
 
 class TokenBudget:
     """Cuts an order into steps of micro-batches of equal tokens.
@@ -206,6 +212,16 @@ class TokenBudget:
                 "not what it was when these were consumed: restore it"
             )
         return window.step(number)
+
+    def positions(self, start: int, stop: int) -> IntArray:
+        """The positions in the order of the samples that a run consumes as its ``start``-th to ``stop - 1``-th."""
+        parts: list[IntArray] = []
+        while start < stop:
+            first, window = self._window_at(start)
+            sequence = window.sequence()
+            parts.append(first + sequence[start - first : stop - first])
+            start = first + len(sequence)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def summary(self, start: int, stop: int) -> tuple[int, int, int]:
         """Steps, tokens without and tokens with padding of the windows from position ``start`` to ``stop``."""
