@@ -59,8 +59,8 @@ def test_schedule_prints_the_table_and_the_published_bubble(name: str, p: int, m
     assert f"bubble fraction   {(p - 1) / (m + p - 1):.6f}" in result.output
     peaks = [min(p - rank, m) if name == "1f1b" else m for rank in range(p)]
     assert f"peak activations  {', '.join(map(str, peaks))} " in result.output
-    # F and B take a unit each, and the last micro-batch leaves the last stage p - 1 units after the first enters it.
-    assert f"makespan          {2 * (m + p - 1)}\n" in result.output
+    # F takes a unit and B two, and the last micro-batch leaves the last stage p - 1 units after the first enters it.
+    assert f"makespan          {3 * (m + p - 1)}\n" in result.output
     assert result.output.startswith("rank 0 | F0")
 
 

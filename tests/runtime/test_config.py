@@ -115,7 +115,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["optimiser.lr=1"], "did you mean 'optimizer'"),
     (["pipe.stages=0"], r"pipe\.stages: .*greater than or equal to 1"),
     (["pipe.schedule=1f1"], "did you mean '1f1b'"),
-    (["pipe.schedule=forward_only"], "cannot train; take '1f1b' or 'gpipe'"),
+    (["pipe.schedule=forward_only"], "cannot train; take '1f1b' or another"),
     (["pipe.stages=2", "pipe.partition_method=[0, 8]"], r"lists 2 bounds, but 2 stages have 3"),
     (["data_parallel.replicas=5"], r"global_batch_size=24 .*2 \* 5 = 10; take a global batch of 20 or 30"),
     (["data_parallel.replicas=20"], r"= 40; take a global batch of 40"),

@@ -92,7 +92,7 @@ class PipeSection(Section):
 
     Attributes:
         stages: Number of pipeline stages; 1 is no pipeline.
-        schedule: ``1f1b`` or ``gpipe``.
+        schedule: The name of a schedule that trains, or the path of a saved one (``.json``).
         partition_method: ``parameters``, ``uniform``, ``type:REGEX``, or explicit bounds
             (``stages + 1`` layer numbers).
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
@@ -111,7 +111,7 @@ class PipeSection(Section):
                 raise ValueError(f"{value}: a schedule without backward passes cannot train")
             return value
         if value == "forward_only":
-            raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or 'gpipe'")
+            raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or another")
         return one_of("schedule", tuple(name for name, known in SCHEDULES.items() if known.trains))(value)
 
     @model_validator(mode="after")

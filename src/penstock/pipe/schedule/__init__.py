@@ -10,12 +10,15 @@ from penstock.pipe.schedule.forward_only import forward_only
 from penstock.pipe.schedule.gpipe import gpipe
 from penstock.pipe.schedule.interleaved_1f1b import interleaved_1f1b
 from penstock.pipe.schedule.looped_bfs import looped_bfs
+from penstock.pipe.schedule.memory import peak_memory
 from penstock.pipe.schedule.names import SCHEDULES, BuiltIn, get_schedule
 from penstock.pipe.schedule.one_f_one_b import one_f_one_b
 from penstock.pipe.schedule.picture import html, svg
 from penstock.pipe.schedule.placement import PLACEMENTS, get_placement, loop, v_shape
+from penstock.pipe.schedule.problem import Problem
 from penstock.pipe.schedule.schedule import Schedule, ScheduleError
 from penstock.pipe.schedule.schedule_file import load_schedule, save_schedule
+from penstock.pipe.schedule.search import Found, search
 from penstock.pipe.schedule.seq1f1b import seq1f1b
 from penstock.pipe.schedule.simulate import simulate
 from penstock.pipe.schedule.timeline import Event, Timeline
@@ -39,6 +42,8 @@ __all__ = [
     "Channel",
     "Costs",
     "Event",
+    "Found",
+    "Problem",
     "Schedule",
     "ScheduleError",
     "ScheduleFacts",
@@ -58,10 +63,12 @@ __all__ = [
     "looped_bfs",
     "needed_capacity",
     "one_f_one_b",
+    "peak_memory",
     "place_communication",
     "save_schedule",
     "save_timeline",
     "save_trace",
+    "search",
     "seq1f1b",
     "simulate",
     "svg",

@@ -44,7 +44,7 @@ class Costs:
             ScheduleError: A sequence of another length, or a duration that is negative or not finite.
         """
         table = {
-            op: _per_stage(op, cost, num_stages)
+            op: per_stage(op, cost, num_stages)
             for op, cost in (
                 (FORWARD, self.forward),
                 (INPUT_GRADIENT, self.input_gradient),
@@ -54,7 +54,7 @@ class Costs:
         table[BACKWARD] = (
             [i + w for i, w in zip(table[INPUT_GRADIENT], table[WEIGHT_GRADIENT], strict=True)]
             if self.backward is None
-            else _per_stage(BACKWARD, self.backward, num_stages)
+            else per_stage(BACKWARD, self.backward, num_stages)
         )
         return table
 
@@ -73,7 +73,8 @@ class Costs:
         return values[:pairs]
 
 
-def _per_stage(op: str, cost: PerStage, num_stages: int) -> list[float]:
+def per_stage(op: str, cost: PerStage, num_stages: int) -> list[float]:
+    """One number for each stage; errors as for :meth:`Costs.table`."""
     values = [float(value) for value in cost] if isinstance(cost, Sequence) else [float(cost)] * num_stages
     if len(values) != num_stages:
         raise ScheduleError(f"costs of {op} are given for {len(values)} stages, the schedule has {num_stages}")
