@@ -221,9 +221,14 @@ class TrainConfig(Section):
                 )
         if batching.sizes and self.sequence_length is None:
             raise ValueError("batching.sizes are keyed by tokens; set data.sequence_length")
-        if self.data.cut != "windows" and batching.token_budget is None:
+        if self.data.cut in ("documents", "powers") and batching.token_budget is None:
             raise ValueError(
                 f"data.cut={self.data.cut} gives samples of different lengths; set batching.token_budget to batch them"
+            )
+        if self.data.cut == "packed" and (batching.token_budget or batching.sequence_length):
+            raise ValueError(
+                "data.cut=packed gives rows of one length whose documents know their places; leave out "
+                "batching.token_budget and batching.sequence_length, or take another data.cut"
             )
         varied = bool(batching.sizes) or batching.sequence_length is not None
         if varied and self.schedule.by == "layer_tokens" and self.schedule.total_tokens is None:

@@ -189,14 +189,18 @@ class DataSection(Section):
         sequence_length: Tokens per training sample; None takes ``model.context``.
         cut: How a token corpus becomes samples. ``windows``: its documents end to end, in windows of
             ``sequence_length``. ``documents``: each by itself, in pieces of up to ``sequence_length``. ``powers``: the
-            same in pieces whose lengths are powers of two. The last two are for ``batching.token_budget``.
+            same in pieces whose lengths are powers of two. These two are for ``batching.token_budget``.
+            ``packed``: whole documents together in rows of ``sequence_length``, by best fit; attention stays inside
+            each.
+        column: Which column of a table holds the tokens; None takes the first of the usual names.
     """
 
     train: str | None = None
     heldout: str | None = None
     tokenizer: str | None = None
     sequence_length: int | None = Field(default=None, ge=1)
-    cut: Literal["windows", "documents", "powers"] = "windows"
+    cut: Literal["windows", "documents", "powers", "packed"] = "windows"
+    column: str | None = None
 
 
 class CompressionSection(Section):

@@ -12,7 +12,7 @@ from rich.console import Console
 from penstock._core.files import write_json
 from penstock._core.waiting import Watcher
 from penstock.data_pipeline.datasets import TokenWindows
-from penstock.data_pipeline.datasets.indexed import IndexedDataset
+from penstock.data_pipeline.datasets.indexed import IndexedDataset, idx_path
 from penstock.data_pipeline.datasets.tokenize import load_tokenizer
 from penstock.models.gpt import gpt_layers, gpt_loss
 from penstock.pipe.module import LayerSpec, PipelineModule
@@ -214,7 +214,7 @@ def _check_vocabulary(config: TrainConfig) -> None:
     assert isinstance(model, LayerSpec)
     vocab_size = model.module_args[0].vocab_size
     for name, path in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
-        if path is None:
+        if path is None or not idx_path(path).is_file():
             continue
         largest = int(IndexedDataset(path).tokens[:_TOKENS_CHECKED].max(initial=0))
         if largest >= vocab_size:

@@ -16,7 +16,7 @@ from penstock.data_pipeline.data_sampling import DataSampler
 from penstock.data_pipeline.data_sampling.entry_points import Progress
 from penstock.data_pipeline.data_sampling.pieces import DocumentPieces
 from penstock.data_pipeline.data_sampling.token_budget import TokenBudget
-from penstock.data_pipeline.datasets import TokenWindows, open_dataset
+from penstock.data_pipeline.datasets import PackedDocuments, TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.topology import PipeDataParallelTopology, ProcessTopology
@@ -199,17 +199,19 @@ def _dropping(config: TrainConfig, module: PipelineModule | None) -> Dropping | 
 
 
 def open_training_data(config: TrainConfig, training_data: Any = None) -> Any:
-    """The training data: the object given, or what lies at the path; a corpus of tokens becomes windows."""
+    """The training data: the object given, or what lies at the path; a corpus becomes windows or packed rows."""
     source = training_data if training_data is not None else config.data.train
     if source is None:
         return None
-    dataset = open_dataset(source)
+    dataset = open_dataset(source, column=config.data.column)
     if isinstance(dataset, IndexedDataset):
         length = config.sequence_length
         if length is None:
             raise ValueError(f"{source}: a token corpus needs data.sequence_length, the tokens per sample")
         if config.data.cut == "windows":
             return TokenWindows(dataset, length)
+        if config.data.cut == "packed":
+            return PackedDocuments(dataset, length)
         return DocumentPieces(dataset, length, "powers" if config.data.cut == "powers" else "longest")
     if config.data.cut != "windows":
         raise ValueError(f"data.cut={config.data.cut} cuts a token corpus (.bin/.idx), which {source!r} is not")

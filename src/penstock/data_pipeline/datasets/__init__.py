@@ -4,6 +4,7 @@ from penstock.data_pipeline.datasets.collate import IGNORED, TokenCollator
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
 from penstock.data_pipeline.datasets.open import open_dataset
+from penstock.data_pipeline.datasets.packing import PackedDocuments, cumulative_lengths, document_mask
 from penstock.data_pipeline.datasets.python_corpus import SourceFile, read_sources, standard_library_files
 from penstock.data_pipeline.datasets.rearrange import merge_indexed, split_indexed
 from penstock.data_pipeline.datasets.text import read_texts, text_files
@@ -13,9 +14,12 @@ __all__ = [
     "IGNORED",
     "IndexedDataset",
     "IndexedDatasetBuilder",
+    "PackedDocuments",
     "SourceFile",
     "TokenCollator",
     "TokenWindows",
+    "cumulative_lengths",
+    "document_mask",
     "merge_indexed",
     "open_dataset",
     "read_sources",
