@@ -10,6 +10,9 @@ _TILE_ELEMENTS: Final = 1 << 17
 """Elements handled at a time on the CPU: the several operations on a tile then cost about one pass over memory."""
 
 
+_LANES: Final = 64
+
+
 def as_flat(tensor: Tensor) -> Tensor:
     """Contiguous, one axis, float32 or float64."""
     flat = tensor.detach().reshape(-1)
@@ -31,14 +34,18 @@ def tiles(numel: int, block: int, device: torch.device) -> Iterator[tuple[int, i
 
 
 def sum_rows(blocks: Tensor) -> Tensor:
-    """Sums of the rows of ``[rows, n]``, overwriting it: ``[rows, 1]``.
+    """Sums of the rows of ``[rows, n]``: ``[rows, 1]``.
 
-    The second half is added to the first until one column is left: the same bits on any device and in any kernel,
-    which no library's own summation promises.
+    Element ``j`` goes to lane ``j % 64``, each lane adds in order, then the second half of the lanes is added to the
+    first until one is left: the same bits in any kernel, which no library's own summation promises.
     """
-    n = blocks.shape[1]
-    while n > 1:
-        half = (n + 1) // 2
-        blocks[:, : n - half] += blocks[:, half:n]
-        n = half
-    return blocks[:, :1]
+    rows, n = blocks.shape
+    lanes = blocks.new_zeros(rows, _LANES)
+    for first in range(0, n, _LANES):
+        width = min(_LANES, n - first)
+        lanes[:, :width] += blocks[:, first : first + width]
+    count = _LANES
+    while count > 1:
+        count //= 2
+        lanes = lanes[:, :count] + lanes[:, count:]
+    return lanes

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from penstock._core.keys import derive, random_words
 from penstock.compression.algorithms._quantiser import BlockQuantiser
+from penstock.compression.kernels import BlockKernels, kernels_for
 
 SMALLEST_DIVISOR: Final = 2.0**-100
 """A block whose largest magnitude is below counts as zeros: the reciprocal of its scale would overflow."""
@@ -55,6 +56,9 @@ class StochasticQuantiser(BlockQuantiser):
         other = type(self)(**self.options())
         other._key = derive("rounding", self.seed, *parts)
         return other
+
+    def _kernels(self, *tensors: Tensor) -> BlockKernels | None:
+        return kernels_for(self.name, self._key if self.stochastic else None, *tensors)
 
     def _round(self, levels: Tensor, *, start: int) -> Tensor:
         """Whole numbers from ``levels``, overwriting it."""

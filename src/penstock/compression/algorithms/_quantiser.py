@@ -10,6 +10,7 @@ from torch import Tensor
 
 from penstock.compression.algorithm import CompressionAlgorithm, Payload, PayloadField
 from penstock.compression.algorithms._blocks import as_flat, tiles
+from penstock.compression.kernels import BlockKernels, kernels_for
 
 
 class BlockQuantiser(CompressionAlgorithm):
@@ -42,6 +43,10 @@ class BlockQuantiser(CompressionAlgorithm):
         """Scales and codes."""
         flat = as_flat(tensor)
         scales, codes = self._empty_payload(flat)
+        kernels = self._kernels(flat)
+        if kernels is not None:
+            kernels.encode(flat, None, scales, codes, self.block_size)
+            return {"scales": scales, "codes": codes}
         for start, rows, length in tiles(flat.numel(), self.block_size, flat.device):
             blocks = flat[start : start + rows * length].view(rows, length)
             self._encode(blocks, *self._parts(scales, codes, start, rows, length), start=start)
@@ -51,6 +56,10 @@ class BlockQuantiser(CompressionAlgorithm):
         """Compress, and subtract what is sent, tile by tile; a non-finite block leaves its memory as it was."""
         flat, owed = as_flat(tensor), memory.view(-1)
         scales, codes = self._empty_payload(flat)
+        kernels = self._kernels(flat, owed)
+        if kernels is not None:
+            kernels.encode(flat, owed, scales, codes, self.block_size)
+            return {"scales": scales, "codes": codes}
         for start, rows, length in tiles(flat.numel(), self.block_size, flat.device):
             part = owed[start : start + rows * length].view(rows, length)
             total = part + flat[start : start + rows * length].view(rows, length)
@@ -68,6 +77,10 @@ class BlockQuantiser(CompressionAlgorithm):
         if out.dtype not in (torch.float32, torch.float64):
             return out.copy_(self.decompress(payload, torch.empty_like(out, dtype=torch.float32)))
         flat = out.view(-1)
+        kernels = self._kernels(flat)
+        if kernels is not None:
+            kernels.decode(payload["scales"], payload["codes"], flat, self.block_size, add=False)
+            return out
         for start, rows, length in tiles(flat.numel(), self.block_size, flat.device):
             blocks = flat[start : start + rows * length].view(rows, length)
             self._decode(*self._parts(payload["scales"], payload["codes"], start, rows, length), blocks)
@@ -78,6 +91,10 @@ class BlockQuantiser(CompressionAlgorithm):
         if out.dtype not in (torch.float32, torch.float64):
             return super().decompress_add(payload, out)
         flat = out.view(-1)
+        kernels = self._kernels(flat)
+        if kernels is not None:
+            kernels.decode(payload["scales"], payload["codes"], flat, self.block_size, add=True)
+            return out
         for start, rows, length in tiles(flat.numel(), self.block_size, flat.device):
             blocks = flat[start : start + rows * length].view(rows, length)
             parts = self._parts(payload["scales"], payload["codes"], start, rows, length)
@@ -94,6 +111,10 @@ class BlockQuantiser(CompressionAlgorithm):
     @abstractmethod
     def _decode(self, scales: Tensor, codes: Tensor, out: Tensor) -> Tensor:
         """Fill ``out`` ``[rows, length]`` with what a receiver sees, and return it."""
+
+    def _kernels(self, *tensors: Tensor) -> BlockKernels | None:
+        """Kernels that do the same in fewer passes over memory, where there are some."""
+        return kernels_for(self.name, None, *tensors)
 
     def _empty_payload(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         scales, codes = self.payload_layout(flat.numel())

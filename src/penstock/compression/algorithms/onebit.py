@@ -17,6 +17,7 @@ from torch import Tensor
 
 from penstock.compression.algorithms._blocks import sum_rows
 from penstock.compression.algorithms._quantiser import BlockQuantiser
+from penstock.compression.kernels import BlockKernels, kernels_for
 
 _BYTE_SIGNS: Final = 1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(
     np.int8
@@ -56,12 +57,16 @@ class OneBit(BlockQuantiser):
         """
         return (1 - 1e-5) / self._largest_block(shape) if self.scale == "l1" else None
 
+    def _kernels(self, *tensors: Tensor) -> BlockKernels | None:
+        return kernels_for("onebit" if self.scale == "l1" else "onebit_rms", None, *tensors)
+
     def _encode(self, blocks: Tensor, scales: Tensor, codes: Tensor, *, start: int) -> None:
         count = blocks.shape[1]
         if self.scale == "l1":
             scales.copy_(sum_rows(blocks.abs()) / count)
         else:
-            scales.copy_((sum_rows(blocks * blocks) / count).sqrt_())
+            # In float64: torch's root of a float32 is not always the nearest one.
+            scales.copy_((sum_rows(blocks * blocks) / count).double().sqrt_())
         (_pack if blocks.device.type == "cpu" else _pack_by_torch)(blocks, codes)
 
     def _decode(self, scales: Tensor, codes: Tensor, out: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""Which kernels compress a tensor: Numba's on a CPU, Triton's on a GPU, or none (then torch and numpy do, in tiles).
+
+All give the same scales, codes and residuals; on a CPU bit for bit. Numba (the extra ``numba``) compiles when a kernel
+is first called and keeps the result in its cache.
+"""
+
+import importlib.util
+from functools import cache
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Choice = Literal["auto", "none"]
+_choice: Choice = "auto"
+
+
+class BlockKernels(Protocol):
+    """One algorithm's compression and decompression of flat, contiguous float32 tensors."""
+
+    def encode(self, tensor: Tensor, memory: Tensor | None, scales: Tensor, codes: Tensor, block_size: int) -> None:
+        """Compress ``tensor`` plus ``memory`` and leave in the memory what is not sent, in one pass.
+
+        Args:
+            tensor: Flat; only read.
+            memory: As many elements, updated in place; None for none. A block that is not finite keeps its own.
+            scales: float32, one for each block; filled.
+            codes: uint8; filled.
+            block_size: Elements of a block.
+        """
+
+    def decode(self, scales: Tensor, codes: Tensor, out: Tensor, block_size: int, *, add: bool) -> None:
+        """Fill ``out`` with what a receiver sees, or add it."""
+
+
+def use_kernels(choice: Choice) -> None:
+    """Say whether kernels may be used: ``"auto"`` where there are some, ``"none"`` for torch and numpy alone."""
+    global _choice
+    if choice not in ("auto", "none"):
+        raise ValueError(f"unknown choice of kernels {choice!r}; known: 'auto', 'none'")
+    _choice = choice
+
+
+def kernels_for(name: str, key: int | None, *tensors: Tensor) -> BlockKernels | None:
+    """The kernels for tensors of one device; None where there are none for their dtype or device.
+
+    Args:
+        name: The algorithm's name; ``int8`` and ``int4`` round to the nearest if ``key`` is None.
+        key: Of random rounding.
+        tensors: All that are to be read or written.
+    """
+    if _choice == "none" or any(tensor.dtype != torch.float32 for tensor in tensors):
+        return None
+    device = tensors[0].device.type
+    if device == "cpu" and _has("numba"):
+        from penstock.compression.kernels import cpu
+
+        return cpu.find(name, key)
+    if device == "cuda" and _has("triton"):
+        from penstock.compression.kernels import gpu
+
+        return gpu.find(name, key)
+    return None
+
+
+@cache
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
