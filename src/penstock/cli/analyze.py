@@ -16,7 +16,7 @@ class EngineChoice(StrEnum):
 
 def analyze(
     dataset: Annotated[
-        Path, typer.Argument(metavar="DATASET", help="PREFIX of .bin/.idx, Parquet or JSONL of tokens, or .npy.")
+        str, typer.Argument(metavar="DATASET", help="PREFIX of .bin/.idx, Parquet or JSONL of tokens, .npy; or a URL.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory for the analysis.")],
     metrics: Annotated[

@@ -17,7 +17,7 @@ class SplitChoice(StrEnum):
 
 def tokenize(
     source: Annotated[
-        Path, typer.Argument(metavar="TEXT", help="JSONL, plain text, Parquet, or a directory of these.")
+        str, typer.Argument(metavar="TEXT", help="JSONL, plain text, Parquet, a directory of these, or a file's URL.")
     ],
     prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="Writes PREFIX.bin and PREFIX.idx.")],
     tokenizer: Annotated[

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from penstock._core.files import CorruptFileError
 from penstock.data_pipeline.datasets import IndexedDataset, IndexedDatasetBuilder, TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.tables import TableColumn, read_table
 
@@ -152,3 +153,19 @@ def test_other_mistakes_in_opening(tmp_path: Path) -> None:
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"o.npy"):
         open_dataset(tmp_path / "o.npy")
+
+
+def test_a_hugging_face_dataset_on_disk_and_as_an_object(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [[n] * (n % 4) for n in range(20)]
+    saved = datasets.Dataset.from_dict({"input_ids": rows, "label": list(range(20))})
+    saved.save_to_disk(tmp_path / "hf", num_shards=3)
+    from_disk = open_dataset(tmp_path / "hf")
+    assert [row.tolist() for row in from_disk] == rows
+    assert open_dataset(tmp_path / "hf", column="label")[7] == 7
+    shuffled = saved.select([5, 2, 9])
+    assert [row.tolist() for row in open_dataset(shuffled, column="input_ids")] == [rows[5], rows[2], rows[9]]
+    assert open_dataset(saved) is saved
+    (tmp_path / "hf" / "state.json").write_text('{"_data_files": [{"filename": "../x.arrow"}]}')
+    with pytest.raises(CorruptFileError, match="lists no files of data"):
+        open_dataset(tmp_path / "hf")

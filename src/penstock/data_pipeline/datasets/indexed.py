@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from penstock._core.files import CorruptFileError
 from penstock.data_pipeline.datasets.indexed_dtypes import CODES, DtypeCodes, check_dtype_codes, doubts
+from penstock.data_pipeline.datasets.remote import fetch_pair, is_remote
 
 MAGIC: Final = b"MMIDIDX\x00\x00"
 VERSION: Final = 1
@@ -59,7 +60,7 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
     for example) opens the files again and carries no tokens.
 
     Args:
-        path_prefix: The common part of the two paths; either file's own path will do.
+        path_prefix: The common part of the two paths; either file's own path will do. A URL is fetched first.
         mmap: Map the files into memory (the default), or read them whole.
         check_entries: Check every entry of the index on opening, one pass over the ``.idx`` file. Without it only the
             header and the sizes are checked on opening, and each sequence when it is read.
@@ -80,6 +81,8 @@ class IndexedDataset(Sequence[npt.NDArray[Any]]):
         dtype_codes: DtypeCodes | None = None,
     ) -> None:
         check_dtype_codes(dtype_codes)
+        if is_remote(path_prefix):
+            path_prefix = fetch_pair(os.fspath(path_prefix))
         self.path_prefix = _stem(path_prefix)
         self._mmap = mmap
         self._idx_path, self._bin_path = idx_path(path_prefix), bin_path(path_prefix)

@@ -7,12 +7,14 @@ from typing import Any, Final
 import numpy as np
 
 from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
+from penstock.data_pipeline.datasets.remote import fetch, fetch_pair, is_remote, remote_is_pair
 from penstock.data_pipeline.datasets.text import PLAIN, kind_of
 from penstock.data_pipeline.datasets.windows import TokenWindows
 
 _UNDERSTOOD: Final = (
-    "understood: the prefix of a .bin/.idx pair (or either file), .parquet, .arrow, .feather, .jsonl, .npy; a numpy "
-    "array, a tensor, a list, a pandas or Arrow table, or any object with __len__ and __getitem__ (or __iter__)"
+    "understood: the prefix of a .bin/.idx pair (or either file), .parquet, .arrow, .feather, .jsonl, .npy, or a "
+    "directory by Hugging Face's save_to_disk; a numpy array, a tensor, a list, a pandas or Arrow table, or any object "
+    "with __len__ and __getitem__ (or __iter__)"
 )
 
 
@@ -22,17 +24,17 @@ def open_dataset(
     """Open a dataset by what is found.
 
     Args:
-        source: A path (see below) or an object. An object that has ``__getitem__`` and ``__len__``, or can be iterated,
-            is a dataset already and comes back as it is, except that a pandas or Arrow table becomes a
-            :class:`TableColumn`.
+        source: A path or URL (see below) or an object. An object that has ``__getitem__`` and ``__len__``, or can be
+            iterated, is a dataset already and comes back as it is, except that a pandas or Arrow table, and with
+            ``column`` a Hugging Face dataset, becomes a :class:`TableColumn`.
         length: Cut the stream of tokens into windows of ``length + 1`` (:class:`TokenWindows`); for ``.bin/.idx``
             pairs and one-dimensional arrays.
         stride: Tokens between the starts of windows; ``length`` unless given.
         column: Which column of a table.
 
     Returns:
-        ``.bin/.idx``: :class:`IndexedDataset`, or :class:`TokenWindows` over it; Parquet, Arrow and JSON lines:
-        :class:`TableColumn`; ``.npy``: a memory-mapped array.
+        ``.bin/.idx``: :class:`IndexedDataset`, or :class:`TokenWindows` over it; Parquet, Arrow, JSON lines,
+        and directories by Hugging Face's ``save_to_disk``: :class:`TableColumn`; ``.npy``: a memory-mapped array.
 
     Raises:
         ValueError: Nothing is there, it is not understood, or an option does not apply to what was found. The message
@@ -40,6 +42,9 @@ def open_dataset(
     """
     if stride is not None and length is None:
         raise ValueError(f"stride={stride} says where windows start, but no length says how long they are")
+    if isinstance(source, str | os.PathLike) and is_remote(source):
+        url = os.fspath(source)
+        source = fetch_pair(url) if remote_is_pair(url) else fetch(url)
     if isinstance(source, str | os.PathLike):
         dataset = _open_path(Path(source), column)
     else:
@@ -71,11 +76,11 @@ def _open_path(path: Path, column: str | None) -> Any:
         raise ValueError(f"{path}: text must become tokens first: penstock tokenize {path}. {_UNDERSTOOD}")
     if not path.exists():
         raise ValueError(f"{path}: there is no such file, nor {path}.bin with {path}.idx. {_UNDERSTOOD}")
-    if path.is_dir():
+    if path.is_dir() and not is_saved_dataset(path):
         raise ValueError(f"{path}: a directory; name a file in it. {_UNDERSTOOD}")
     from penstock.data_pipeline.datasets.tables import TABLE_SUFFIXES, read_table
 
-    if suffix not in TABLE_SUFFIXES:
+    if suffix not in TABLE_SUFFIXES and not path.is_dir():
         raise ValueError(f"{path}: not a known kind of dataset. {_UNDERSTOOD}")
     return read_table(path, column)
 
@@ -89,12 +94,21 @@ def _open_object(source: Any, column: str | None) -> Any:
 
         table = source if module == "pyarrow" else pa.Table.from_pandas(source, preserve_index=False)
         return TableColumn(table, column, source=f"the {module} table")
+    if module == "datasets" and type(source).__name__ == "Dataset" and column is not None:
+        from penstock.data_pipeline.datasets.tables import TableColumn
+
+        return TableColumn(source.with_format("arrow")[:], column, source="the Hugging Face dataset")
     _refuse_column(column, source)
     if module == "pandas" and type(source).__name__ == "Series":
         return source.to_numpy()  # a series is indexed by its labels, a dataset by position
     if (hasattr(source, "__getitem__") and hasattr(source, "__len__")) or hasattr(source, "__iter__"):
         return source
     raise ValueError(f"{_name(source)} is not a dataset. {_UNDERSTOOD}")
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a directory is one that Hugging Face's ``save_to_disk`` wrote of a dataset."""
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
 def _refuse_column(column: str | None, source: Any) -> None:

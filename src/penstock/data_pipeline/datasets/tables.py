@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from penstock._core.files import CorruptFileError, read_json
 from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.datasets.text import json_lines, kind_of
 
@@ -91,18 +92,21 @@ def read_table(path: str | os.PathLike[str], column: str | None = None) -> Table
     """Open a table file; Arrow files are memory-mapped, of a Parquet file only the column is read.
 
     Args:
-        path: ``.parquet``, ``.arrow`` or ``.feather``, or JSON lines (one object a line).
+        path: ``.parquet``, ``.arrow`` or ``.feather``, JSON lines (one object a line), or a directory that Hugging
+            Face's ``save_to_disk`` wrote of a dataset.
         column: See :class:`TableColumn`.
 
     Raises:
         ValueError: The file is missing, malformed or of another kind, or the column is not clear.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file}: there is no such file")
     kind = kind_of(file)
     try:
-        if kind == ".parquet":
+        if file.is_dir():
+            table = _read_saved(file)
+        elif kind == ".parquet":
             table = _read_parquet(file, column)
         elif kind in (".arrow", ".feather"):
             table = _read_arrow(file)
@@ -127,6 +131,16 @@ def _read_arrow(file: Path) -> pa.Table:
     except pa.ArrowInvalid:  # a stream instead of a file, as Hugging Face datasets writes them
         data.seek(0)
         return pa.ipc.open_stream(data).read_all()
+
+
+def _read_saved(folder: Path) -> pa.Table:
+    """The shards that a saved Hugging Face dataset lists, mapped."""
+    state = read_json(folder / "state.json")
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    names = [str(entry.get("filename")) for entry in listed or [] if isinstance(entry, dict)]
+    if not names or not all(Path(name).name == name for name in names):
+        raise CorruptFileError(f"{folder / 'state.json'}: lists no files of data")
+    return pa.concat_tables([_read_arrow(folder / name) for name in names])
 
 
 def _read_json_lines(file: Path) -> pa.Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from penstock._core.suggest import unknown_name
+from penstock.data_pipeline.datasets.remote import fetch, is_remote
 
 Split = Literal["file", "paragraph", "line"]
 
@@ -29,12 +30,12 @@ def kind_of(path: str | os.PathLike[str]) -> str:
 
 
 def text_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The text files that ``path`` stands for: itself, or those below a directory, sorted by path.
+    """The text files that ``path`` stands for: itself, or those below a directory, sorted by path; or a remote file.
 
     Raises:
         ValueError: There is nothing at ``path``, its kind is not known, or the directory holds no text file.
     """
-    top = Path(path)
+    top = fetch(os.fspath(path)) if is_remote(path) else Path(path)
     known = (*JSON_LINES, *PLAIN, *PARQUET)
     if top.is_dir():
         files = sorted(file for file in top.rglob("*") if kind_of(file) in known and file.is_file())
