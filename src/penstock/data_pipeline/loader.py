@@ -168,8 +168,8 @@ def create_data_loader(dataset: Any, config: LoaderConfig | Mapping[str, Any] | 
                 raise ValueError(f"data_loader_params.{name} chooses samples by index, but this dataset has none")
     if "collate_fn" not in parameters:
         parameters["collate_fn"] = _collate(processed, settings.collate)
-    if sampler is not None and sampler.config.transforms:
-        parameters["collate_fn"] = PreprocessedCollate(sampler.preprocess_data, parameters["collate_fn"])
+    if sampler is not None and sampler.transforms:
+        parameters["collate_fn"] = PreprocessedCollate(sampler.transforms, parameters["collate_fn"])
     if settings.seed is not None:
         if "generator" in parameters:
             raise ValueError("seed and data_loader_params.generator both say where randomness comes from; keep one")

@@ -10,7 +10,7 @@ from penstock.data_pipeline.data_sampling.transforms import build_transforms
 
 
 def apply(entry: Any, samples: list[Any]) -> list[Any]:
-    (transform,) = build_transforms([entry])
+    transform = build_transforms([entry])
     return transform(samples)
 
 

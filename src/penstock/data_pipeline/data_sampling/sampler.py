@@ -8,6 +8,7 @@ import numpy.typing as npt
 from torch.utils.data import IterableDataset, Sampler
 
 from penstock.data_pipeline.configuration import validate_config
+from penstock.data_pipeline.data_sampling.batch_iterator import BatchIterator
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
 from penstock.data_pipeline.data_sampling.entry_points import Progress
 from penstock.data_pipeline.data_sampling.order import IntArray, digest_of
@@ -47,6 +48,7 @@ class DataSampler(Sampler[list[int]]):
         config: The checked configuration.
         data: The opened data source.
         num_samples: Length of the run, in samples.
+        transforms: What :meth:`preprocess_data` does; workers of a loader can be given it without the sampler.
         epoch_size: Length of an epoch, in samples. For a curriculum: the samples that it ever admits.
 
     Raises:
@@ -61,7 +63,7 @@ class DataSampler(Sampler[list[int]]):
         progress: Progress | None = None,
     ) -> None:
         self.config = validate_config(SamplingConfig, {} if sampling_config is None else sampling_config, "sampling")
-        self._transforms = build_transforms(self.config.transforms)
+        self.transforms = build_transforms(self.config.transforms)
         self._source = data_source
         self.data = self.load_data()
         if len(self.data) == 0:
@@ -119,10 +121,7 @@ class DataSampler(Sampler[list[int]]):
 
     def preprocess_data(self, data: Any) -> list[Any]:
         """Apply the configured transforms, in their order, to a sequence of samples."""
-        samples = data if isinstance(data, list) else [data[index] for index in range(len(data))]
-        for transform in self._transforms:
-            samples = transform(samples)
-        return list(samples)
+        return self.transforms(data)
 
     def execute_data_pipeline(self) -> list[Any]:
         """Load, sample and preprocess: the samples of the whole run, in order, transformed."""
@@ -262,16 +261,33 @@ class DataSampler(Sampler[list[int]]):
         return range(start, start + share)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This replica's sample indices, a list for each global batch, from the first batch not trained on."""
-        k = self._handed_out = self._consumed
-        while k < self._end:
-            positions = self.positions_at(k)
-            k += self.config.batch_size
-            self._handed_out = min(k, self.num_samples)
-            yield self.sample_at(np.arange(positions.start, positions.stop)).tolist()
+        """This replica's sample indices, a list for each global batch, from the first batch not trained on.
+
+        The iterator has a ``state_dict`` of its own, by which a stateful loader remembers the batches that it has given
+        to the training, whatever its workers have prefetched.
+        """
+        return BatchIterator(self, self._consumed)
+
+    def batch_at(self, k: int) -> list[int] | None:
+        """This replica's sample indices in the global batch that starts at position ``k``; None at the run's end."""
+        if k >= self._end:
+            return None
+        self._handed_out = self.next_position(k)
+        positions = self.positions_at(k)
+        batch: list[int] = self.sample_at(np.arange(positions.start, positions.stop)).tolist()
+        return batch
+
+    def next_position(self, k: int) -> int:
+        """Where the batch after the one at position ``k`` starts."""
+        return min(k + self.config.batch_size, self.num_samples)
 
     def __len__(self) -> int:
-        """Batches that are left from the first not trained on."""
+        """Batches of the whole run, those already trained on included."""
+        return self._batches + self.batches_left
+
+    @property
+    def batches_left(self) -> int:
+        """Batches from the first not trained on."""
         return -(-max(0, self._end - self._consumed) // self.config.batch_size)
 
     @property
@@ -296,8 +312,8 @@ class DataSampler(Sampler[list[int]]):
         Raises:
             ValueError: There are not that many batches left.
         """
-        if not 0 <= batches <= len(self):
-            raise ValueError(f"{batches} batches were marked as trained on, but {len(self)} are left")
+        if not 0 <= batches <= self.batches_left:
+            raise ValueError(f"{batches} batches were marked as trained on, but {self.batches_left} are left")
         self._consumed = min(self._consumed + batches * self.config.batch_size, self.num_samples)
         self._batches += batches
 
