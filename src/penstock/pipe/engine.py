@@ -250,6 +250,10 @@ class PipelineEngine:
             stage, op, micro_batch = action
             if channel is not None:
                 self._communicate(action, channel, state)
+                if op == "SEND_F" and (stage, micro_batch) in program.split:
+                    # Here the next stage has what it waits for, and this rank often has to wait itself.
+                    passed = state.in_flight[stage, micro_batch]
+                    passed.division = self._splits[stage].divide(passed.outputs, passed.leaves, passed.cut)
                 continue
             start = time.perf_counter()
             last = action == program.last_backward.get(stage)
@@ -338,7 +342,9 @@ class PipelineEngine:
     def _backward_inputs(self, stage: Stage, micro_batch: int, state: StepState) -> None:
         passed = state.in_flight.pop((stage.index, micro_batch))
         outputs, gradients = self._gradients(stage, micro_batch, passed, state)
-        found, work = self._splits[stage.index].input_half(outputs, gradients, passed.leaves, passed.cut)
+        found, work = self._splits[stage.index].input_half(
+            outputs, gradients, passed.leaves, passed.cut, passed.division
+        )
         state.weight_work[stage.index, micro_batch] = work
         self._pass_back(stage, micro_batch, found, state)
 

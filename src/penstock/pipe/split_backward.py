@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from penstock.pipe.gradient_graph import divide
+from penstock.pipe.gradient_graph import Division, divide
 from penstock.pipe.recompute import is_recomputing
 from penstock.pipe.stage import Cut
 from penstock.pipe.value import flatten, map_tensors
@@ -35,8 +35,18 @@ class SplitBackward:
         self._whole = False
         self._looked = False
 
+    def divide(self, outputs: list[Tensor], leaves: list[Tensor], cut: Cut | None) -> Division | None:
+        """What :meth:`input_half` finds out first, for a time when nobody waits; None where there is nothing to it."""
+        ends = leaves if cut is None else cut.leaves
+        return divide(outputs, ends) if outputs and ends and not self._whole else None
+
     def input_half(
-        self, outputs: list[Tensor], gradients: list[Tensor], leaves: list[Tensor], cut: Cut | None
+        self,
+        outputs: list[Tensor],
+        gradients: list[Tensor],
+        leaves: list[Tensor],
+        cut: Cut | None,
+        division: Division | None = None,
     ) -> tuple[list[Tensor | None], WeightWork]:
         """Run the first half of a backward pass.
 
@@ -45,6 +55,7 @@ class SplitBackward:
             gradients: Of the outputs.
             leaves: The stage's inputs that require a gradient.
             cut: Where the graph ends before it reaches the stage's input; then there are no leaves.
+            division: From :meth:`divide`, of these outputs and perhaps more; None finds it now.
 
         Returns:
             The gradients of the leaves, None where nothing depends on one, and the second half. Parameters whose
@@ -60,11 +71,12 @@ class SplitBackward:
         if not ends:
             work.add_pass(outputs, gradients)
             return [], work
+        division = division or divide(outputs, ends)
         if self._looked:
-            found = self._to_inputs(outputs, gradients, ends, work)
+            found = self._to_inputs(outputs, gradients, ends, division, work)
         else:
             with _forward_calls() as called:
-                found = self._to_inputs(outputs, gradients, ends, work)
+                found = self._to_inputs(outputs, gradients, ends, division, work)
             self._looked = True
             if called:
                 self._whole = True
@@ -77,9 +89,13 @@ class SplitBackward:
         return [], work
 
     def _to_inputs(
-        self, outputs: list[Tensor], gradients: list[Tensor], ends: list[Tensor], work: WeightWork
+        self,
+        outputs: list[Tensor],
+        gradients: list[Tensor],
+        ends: list[Tensor],
+        division: Division,
+        work: WeightWork,
     ) -> list[Tensor | None]:
-        division = divide(outputs, ends)
         self.reasons.update(dict.fromkeys(division.reasons))
         arrivals = [edge for owner in (*division.direct, *division.joint) for edge in owner.arrivals]
         wanted: list[Any] = [*ends, *division.whole, *arrivals]

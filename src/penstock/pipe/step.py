@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from penstock.pipe.gradient_graph import Division
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.receiver import Received
 from penstock.pipe.schedule import Action
@@ -32,7 +33,7 @@ class StepResult:
     bubble_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InFlight:
     """What the backward pass of one micro-batch on one stage needs.
 
@@ -40,11 +41,13 @@ class InFlight:
         leaves: Inputs whose gradient the stage before wants.
         outputs: What the next stage was told wants a gradient; on the last stage, the loss.
         cut: Where the graph ends before the input, if it was cut.
+        division: Of the graph, for a split backward pass, if it is known already.
     """
 
     leaves: list[Tensor]
     outputs: list[Tensor]
     cut: Cut | None
+    division: Division | None = None
 
 
 @dataclass(slots=True)
