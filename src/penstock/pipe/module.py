@@ -119,13 +119,18 @@ class PipelineModule:
         """The canonical name of a layer, ``layer_000`` for the first."""
         return layer_name(index)
 
-    def partitioned(self, num_stages: int) -> "PipelineModule":
+    def partitioned(self, ranks: int, num_stages: int | None = None) -> "PipelineModule":
         """The same model divided into another number of stages.
+
+        Args:
+            ranks: Pipeline ranks: the size of the topology's ``pipe`` axis, if there is one.
+            num_stages: Where ranks hold several stages; None is one for each rank.
 
         Raises:
             ValueError: More stages than layers, or explicit bounds or a topology for another number.
         """
-        _number_of_stages(num_stages, self.topology, self.partition_method)
+        _number_of_stages(ranks, self.topology, self.partition_method)
+        num_stages = ranks if num_stages is None else num_stages
         other = copy.copy(self)
         other.num_stages = num_stages
         other.bounds = self._bounds(num_stages)

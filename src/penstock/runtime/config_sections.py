@@ -91,15 +91,18 @@ class PipeSection(Section):
     """How the model is cut into stages.
 
     Attributes:
-        stages: Number of pipeline stages; 1 is no pipeline.
+        stages: Number of pipeline ranks, each with one stage or, with ``chunks``, several; 1 is no pipeline.
         schedule: The name of a schedule that trains, or the path of a saved one (``.json``).
+        chunks: Stages per pipeline rank; none takes the schedule's own number: 2 for interleaved, looped and V-shaped
+            schedules, 1 for the others.
         partition_method: ``parameters``, ``uniform``, ``type:REGEX``, or explicit bounds
-            (``stages + 1`` layer numbers).
+            (``stages * chunks + 1`` layer numbers).
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
     """
 
     stages: int = Field(default=1, ge=1)
     schedule: str = "1f1b"
+    chunks: int | None = Field(default=None, ge=1)
     partition_method: str | tuple[int, ...] = "parameters"
     activation_checkpoint_interval: int = Field(default=0, ge=0)
 
@@ -112,14 +115,22 @@ class PipeSection(Section):
             return value
         if value == "forward_only":
             raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or another")
-        return one_of("schedule", tuple(name for name, known in SCHEDULES.items() if known.trains))(value)
+        if value == "seq1f1b":
+            raise ValueError(
+                "schedule 'seq1f1b' cuts micro-batches into slices, which the engine does not run; take '1f1b'"
+            )
+        able = tuple(name for name, known in SCHEDULES.items() if known.trains and not known.sliced)
+        return one_of("schedule", able)(value)
 
     @model_validator(mode="after")
     def _check_bounds(self) -> Self:
-        if not isinstance(self.partition_method, str) and len(self.partition_method) != self.stages + 1:
+        if isinstance(self.partition_method, str) or self.schedule not in SCHEDULES:
+            return self  # a file says itself how many stages there are
+        stages = self.stages * (self.chunks or SCHEDULES[self.schedule].chunks)
+        if len(self.partition_method) != stages + 1:
             raise ValueError(
-                f"partition_method lists {len(self.partition_method)} bounds, but {self.stages} stages have "
-                f"{self.stages + 1}: the first layer of each stage, then the number of layers"
+                f"partition_method lists {len(self.partition_method)} bounds, but {stages} stages have "
+                f"{stages + 1}: the first layer of each stage, then the number of layers"
             )
         return self
 

@@ -7,8 +7,8 @@ from torch import nn
 from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, RandomLTDScheduler
 from penstock.data_pipeline.random_ltd.protect import MarkProtectedTokens
 from penstock.pipe.layer_spec import LayerSpec
+from penstock.pipe.local_stages import AnyStages
 from penstock.pipe.module import PipelineModule
-from penstock.pipe.stage import Stage
 from penstock.runtime.config import TrainConfig
 
 
@@ -57,7 +57,7 @@ class Dropping:
                 MarkProtectedTokens, token_ids=given.protect_tokens, separator_id=given.document_separator
             )
 
-    def wrap(self, stage: Stage) -> None:
+    def wrap(self, stage: AnyStages) -> None:
         """Make the stage's share of the layers drop tokens, and its first layer mark the protected ones."""
         section = self._scheduler.config
 

@@ -175,7 +175,7 @@ def _layer_of(name: str) -> int:
 
 def _layers(parts: Parts) -> dict[int, dict[str, Tensor]]:
     """What this rank writes: its layers' tensors, without copies of weights that another stage owns."""
-    local = range(parts.stage.start, parts.stage.stop)
+    local = {index for index, _ in parts.stage.canonical_modules()}
     layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for kind, name, tensor in _named_tensors(parts):
         layers[_layer_of(name)][f"{kind}:{name}"] = tensor

@@ -17,8 +17,8 @@ from penstock.compression import LocalGradients, Reducer, create_compression_alg
 from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
+from penstock.pipe.local_stages import AnyStages, LocalStages
 from penstock.pipe.module import PipelineModule
-from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
@@ -96,7 +96,7 @@ def initialize(
         meter = Meter()
         groups = PipeGroups(
             ready.topology,
-            tied=None if module is None else tied_ranks(module),
+            tied=None if module is None else tied_ranks(module, ready.pipe_schedule.placement),
             rank=process.rank,
             timeout=datetime.timedelta(seconds=_TORCH_TIMEOUT_FACTOR * settings.deadline_s),
             device=process.device,
@@ -106,9 +106,11 @@ def initialize(
         dtype = _DTYPES[settings.precision]
         if module is None:
             assert isinstance(model, nn.Module)
-            stage = plain_stage(model, device=process.device, dtype=dtype)
+            stages = [plain_stage(model, device=process.device, dtype=dtype)]
         else:
-            stage = module.build_stage(groups.pipe_rank, device=process.device, dtype=dtype)
+            held = ready.pipe_schedule.stages_of(groups.pipe_rank)
+            stages = [module.build_stage(index, device=process.device, dtype=dtype) for index in held]
+        stage: AnyStages = stages[0] if len(stages) == 1 else LocalStages(stages)
         stage.autocast_dtype = _AUTOCAST.get(settings.precision)
         copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
         shared = SharedParameters.of(stage, module)
@@ -119,8 +121,8 @@ def initialize(
         local_updates = make_local_updates(settings, built, shared, groups, meter=meter, watcher=watcher)
         exchange = _exchange(settings, built, shared, groups, meter, watcher)
         pipeline = PipelineEngine(
-            stage,
-            schedule=settings.pipe.schedule,
+            stages,
+            schedule=ready.pipe_schedule,
             micro_batches=ready.micro_batches,
             groups=groups,
             exchange=exchange,
@@ -158,7 +160,7 @@ def initialize(
                 cut=cut,
                 feed=ready.feed,
                 dropping=ready.dropping,
-                rates=Rates.of(module, stage, ready.dropping, cut, meter),
+                rates=Rates.of(module, stage, ready.dropping, cut, meter, groups.num_pipe_ranks),
                 training_data=ready.dataset,
                 order=ready.order,
                 scaler=LossScaler(settings.fp16) if settings.precision == "fp16" else None,
@@ -176,7 +178,7 @@ def initialize(
 
 
 def _optimizer(
-    config: TrainConfig, given: Any, shared: SharedParameters, stage: Stage, *, last_layer: int | None
+    config: TrainConfig, given: Any, shared: SharedParameters, stage: AnyStages, *, last_layer: int | None
 ) -> Optimizer:
     if isinstance(given, Optimizer):
         built = given

@@ -11,8 +11,8 @@ from penstock.models.flops import bert_layer_flops, gpt_head_flops, gpt_layer_fl
 from penstock.models.gpt import GPTConfig
 from penstock.models.gpt_modules import GPTBlock, OutputHead, tied_logits
 from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec
+from penstock.pipe.local_stages import AnyStages
 from penstock.pipe.module import PipelineModule
-from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Cut
 from penstock.runtime.dropping import Dropping
 from penstock.runtime.feed import Shape
@@ -32,7 +32,7 @@ class Rates:
     """
 
     ledger: Ledger
-    layers: range
+    layers: tuple[int, ...]
     dropping_layers: frozenset[int]
     gradient_bytes: int
     cut: Cut
@@ -41,25 +41,25 @@ class Rates:
     def of(
         cls,
         module: PipelineModule | None,
-        stage: Stage,
+        stage: AnyStages,
         dropping: Dropping | None,
         cut: Cut,
         meter: Meter,
+        ranks: int,
     ) -> "Rates":
-        """The rates of a stage; FLOPs are counted for the layers of the reference models."""
-        layers = range(stage.start, stage.stop)
+        """The rates of one of ``ranks`` pipeline ranks; FLOPs are counted for the layers of the reference models."""
+        layers = tuple(index for index, _ in stage.canonical_modules())
         formulas: dict[int, LayerFlops] = {}
         if module is not None:
             for index in layers:
                 formula = _flops(module.specs[index])
                 if formula is not None:
                     formulas[index] = formula
-        stages = stage.num_stages
         ledger = Ledger(
             meter,
             layer_flops=formulas,
             recomputed=layers if stage.activation_checkpoint_interval else (),
-            plain_bubble=(stages - 1) / (cut.micro_batches + stages - 1),
+            plain_bubble=(ranks - 1) / (cut.micro_batches + ranks - 1),
         )
         gradient_bytes = sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
         dropping_layers = frozenset() if dropping is None else dropping.layers

@@ -196,7 +196,6 @@ def _model(config: TrainConfig) -> PipelineModule:
     )
     return PipelineModule(
         gpt_layers(shape),
-        num_stages=config.pipe.stages,
         loss_fn=gpt_loss,
         base_seed=config.seed,
         partition_method=config.pipe.partition_method,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from penstock.pipe.stage import Stage
+from penstock.pipe.local_stages import AnyStages
 from penstock.runtime.checkpoint import copy_into
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
@@ -57,7 +57,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def hidden_matrices(stage: Stage, *, last_layer: int | None) -> set[int]:
+def hidden_matrices(stage: AnyStages, *, last_layer: int | None) -> set[int]:
     """``id()`` of the matrices that Muon is made for: the weights of linear layers but the model's output layer.
 
     Args:

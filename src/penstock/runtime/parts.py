@@ -13,8 +13,8 @@ from penstock.compression import LocalUpdates
 from penstock.data_pipeline.data_sampling import Consumed, DataSampler
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups
+from penstock.pipe.local_stages import AnyStages
 from penstock.pipe.module import PipelineModule
-from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Collate, Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.dropping import Dropping
@@ -69,7 +69,7 @@ class Parts:
     watcher: Watcher
     meter: Meter
     groups: PipeGroups
-    stage: Stage
+    stage: AnyStages
     module: PipelineModule | None
     shared: SharedParameters
     pipeline: PipelineEngine

@@ -19,6 +19,7 @@ from penstock.data_pipeline.data_sampling.token_budget import TokenBudget
 from penstock.data_pipeline.datasets import PackedDocuments, TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
+from penstock.pipe.schedule import SCHEDULES, Schedule, get_schedule
 from penstock.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from penstock.runtime.config import TrainConfig, check_world, load_config
 from penstock.runtime.dropping import Dropping
@@ -33,11 +34,12 @@ class Prepared:
     """A run that was found to be in order.
 
     Attributes:
-        config: The configuration, with the model's number of stages.
-        module: The model, divided into that many; None for a plain module.
+        config: The configuration, with the model's number of pipeline ranks.
+        module: The model, divided into the schedule's stages; None for a plain module.
         topology: Which rank is where: the model's, if it has one.
         replicas: Data-parallel replicas.
         micro_batches: Micro-batches per replica and step.
+        pipe_schedule: Which pipeline rank holds which stages, and computes what in which order.
         loss_fn: What computes the loss from output and targets; None where the model does.
         dropping: Token dropping, if any.
         dataset: The opened training data, if any.
@@ -51,6 +53,7 @@ class Prepared:
     topology: ProcessTopology
     replicas: int
     micro_batches: int
+    pipe_schedule: Schedule
     loss_fn: Callable[[Any, Any], Any] | None
     dropping: Dropping | None
     dataset: Any
@@ -81,8 +84,19 @@ def prepare(
     Raises:
         ValueError: Something does not fit; the message has the numbers and the remedy.
     """
-    settings, module = _placed(model, load_config(config))
+    settings = _ranked(model, load_config(config))
     replicas = check_world(settings, world_size)
+    micro_batches = settings.micro_batches(replicas)
+    pipe = settings.pipe
+    pipe_schedule = get_schedule(pipe.schedule, pipe.stages, micro_batches, pipe.chunks)
+    module = None
+    if isinstance(model, PipelineModule):
+        module = model.partitioned(pipe.stages, pipe_schedule.num_stages)
+    elif pipe_schedule.num_stages != 1:
+        raise ValueError(
+            f"schedule {pipe.schedule!r} divides the model into {pipe_schedule.num_stages} stages, but a plain "
+            f"{type(model).__name__} cannot be divided; describe it as PipelineModule(layers), or take schedule '1f1b'"
+        )
     if module is not None:
         _check_stages(module)
     _check_optimizer(model, optimizer)
@@ -95,7 +109,8 @@ def prepare(
         module=module,
         topology=_topology(settings, module, replicas),
         replicas=replicas,
-        micro_batches=settings.micro_batches(replicas),
+        micro_batches=micro_batches,
+        pipe_schedule=pipe_schedule,
         loss_fn=loss_fn if loss_fn is not None else getattr(module, "loss_fn", None),
         dropping=dropping,
         dataset=dataset,
@@ -105,24 +120,29 @@ def prepare(
     )
 
 
-def _placed(model: Any, config: TrainConfig) -> tuple[TrainConfig, PipelineModule | None]:
-    """The configuration and the model with the same number of stages and the same seed."""
+def _ranked(model: Any, config: TrainConfig) -> TrainConfig:
+    """The configuration with the model's number of pipeline ranks."""
     if isinstance(model, PipelineModule):
         stages = config.pipe.stages
         given = "stages" in config.pipe.model_fields_set
-        if model.num_stages is None or (given and model.num_stages != stages and model.topology is None):
-            if model.num_stages is not None:
+        known = SCHEDULES.get(config.pipe.schedule)
+        # A model may be divided by its ranks or, explicit bounds for example, by all of its stages.
+        total = stages * (config.pipe.chunks or (1 if known is None else known.chunks))
+        if model.num_stages is None or (given and model.num_stages == total):
+            return config
+        if given and model.num_stages != stages and model.topology is None:
+            if known is not None or isinstance(model.partition_method, str):
                 raise ValueError(
                     f"the model was divided into num_stages={model.num_stages}, but the configuration says "
                     f"pipe.stages={stages}; make them equal, or leave num_stages out"
                 )
-            return config, model.partitioned(stages)
+            return config
         if model.topology is not None and (given and model.num_stages != stages):
             raise ValueError(
                 f"the model's topology has {model.num_stages} stages, but the configuration says pipe.stages={stages}"
             )
         pipe = config.pipe.model_copy(update={"stages": model.num_stages})
-        return config.model_copy(update={"pipe": pipe}), model
+        return config.model_copy(update={"pipe": pipe})
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model must be a PipelineModule or a torch.nn.Module, got {type(model).__name__}; "
@@ -138,7 +158,7 @@ def _placed(model: Any, config: TrainConfig) -> tuple[TrainConfig, PipelineModul
             "the configuration's random_ltd section applies to a PipelineModule; for a plain module call "
             "convert_to_random_ltd(model, ...) and drive a RandomLTDScheduler yourself"
         )
-    return config, None
+    return config
 
 
 def _check_stages(module: PipelineModule) -> None:

@@ -6,10 +6,10 @@ import torch.distributed as dist
 from penstock._core.meter import CONTROL, Meter
 from penstock._core.waiting import Watcher
 from penstock.pipe.groups import PipeGroups
-from penstock.pipe.stage import Stage
+from penstock.pipe.local_stages import AnyStages
 
 
-def copy_from_first_replica(stage: Stage, groups: PipeGroups, *, meter: Meter, watcher: Watcher) -> None:
+def copy_from_first_replica(stage: AnyStages, groups: PipeGroups, *, meter: Meter, watcher: Watcher) -> None:
     """Overwrite a stage's parameters and buffers with those of its first replica. Collective over the replicas.
 
     Weights drawn from layer specs are the same everywhere already; a module that each process built for itself, from

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from penstock.pipe.local_stages import AnyStages
 from penstock.pipe.module import PipelineModule
-from penstock.pipe.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class SharedParameters:
     """A stage's parameters by canonical name.
 
     Attributes:
-        own: On this stage alone.
+        own: On one stage alone.
         shared: Copies of weights that are tied to layers of other stages.
         counted_here: All of ``own``, and those of ``shared`` whose owner (the first layer of the tie) lies here: over
             the stages of a pipeline every weight of the model once.
@@ -26,28 +26,23 @@ class SharedParameters:
     names: dict[int, str]
 
     @classmethod
-    def of(cls, stage: Stage, module: PipelineModule | None) -> "SharedParameters":
-        """Sort the parameters of a stage; ``module`` is None for a plain model, which shares nothing."""
-        spread = set()
-        owned = set()
-        if module is not None and module.num_stages is not None and module.num_stages > 1:
-            for key, layers in module.tied.items():
-                if len({module.stage_of(layer) for layer in layers}) > 1:
-                    spread.add(key)
-                    if module.stage_of(layers[0]) == stage.index:
-                        owned.add(key)
-        shared = [pair for key, pairs in sorted(stage.tied.items()) if key in spread for pair in pairs]
-        elsewhere = {
-            id(parameter)
-            for key, pairs in stage.tied.items()
-            if key in spread and key not in owned
-            for _, parameter in pairs
-        }
-        copies = {id(parameter) for _, parameter in shared}
+    def of(cls, stage: AnyStages, module: PipelineModule | None) -> "SharedParameters":
+        """Sort the parameters of a rank's stages; ``module`` is None for a plain model, which shares nothing."""
+        local = {index for index, _ in stage.canonical_modules()}
+        spread: set[str] = set()
+        elsewhere: set[str] = set()
+        for key, named in stage.tied.items():
+            layers = () if module is None else module.tied[key]
+            if module is not None and len({module.stage_of(layer) for layer in layers}) > 1:
+                spread.update(name for name, _ in named)
+                if layers[0] not in local:
+                    elsewhere.update(name for name, _ in named)
         everything = list(stage.canonical_parameters())
+        # Two stages of this rank may each hold a copy: under one name, and to be counted once.
+        once = {name: parameter for name, parameter in reversed(everything) if name not in elsewhere}
         return cls(
-            own=[(name, parameter) for name, parameter in everything if id(parameter) not in copies],
-            shared=shared,
-            counted_here=[parameter for _, parameter in everything if id(parameter) not in elsewhere],
+            own=[(name, parameter) for name, parameter in everything if name not in spread],
+            shared=sorted(((n, p) for n, p in everything if n in spread), key=lambda pair: pair[0]),
+            counted_here=list(reversed(once.values())),
             names={id(parameter): name for name, parameter in everything},
         )
