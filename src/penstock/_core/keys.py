@@ -47,10 +47,17 @@ def derive(*parts: int | str) -> int:
 
 def mix(x: U64Array) -> U64Array:
     """SplitMix64's finaliser on an array of 64-bit words: a bijection that scrambles every bit."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> _S30)) * _MIX1
-        x = (x ^ (x >> _S27)) * _MIX2
-        return np.asarray(x ^ (x >> _S31), dtype=np.uint64)
+    return _mix_in_place(np.array(x), np.empty_like(x))
+
+
+def _mix_in_place(x: U64Array, spare: U64Array) -> U64Array:
+    """:func:`mix` without new memory, which for long arrays costs more than the arithmetic; returns ``x``."""
+    for shift, factor in ((_S30, _MIX1), (_S27, _MIX2)):
+        np.right_shift(x, shift, out=spare)
+        np.bitwise_xor(x, spare, out=x)
+        np.multiply(x, factor, out=x)
+    np.right_shift(x, _S31, out=spare)
+    return np.bitwise_xor(x, spare, out=x)
 
 
 def random_words(key: int, counters: npt.NDArray[np.integer]) -> U64Array:
@@ -63,9 +70,13 @@ def random_words(key: int, counters: npt.NDArray[np.integer]) -> U64Array:
     Returns:
         An array of ``uint64`` of the same shape.
     """
-    with np.errstate(over="ignore"):
-        state = counters.astype(np.uint64) * _GOLDEN + np.uint64(key & MASK64)
-        return mix(mix(state) + _GOLDEN)
+    state = np.array(counters, dtype=np.uint64)
+    spare = np.empty_like(state)
+    np.multiply(state, _GOLDEN, out=state)
+    np.add(state, np.uint64(key & MASK64), out=state)
+    _mix_in_place(state, spare)
+    np.add(state, _GOLDEN, out=state)
+    return _mix_in_place(state, spare)
 
 
 def random_floats(key: int, counters: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
