@@ -151,8 +151,8 @@ def measure(threads: int, memory: str) -> dict[str, dict[str, dict[str, float]]]
 def table(figures: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     """One line for each operation."""
     lines = [
-        "| operation | penstock, ms (quartiles) | of the copy | of the copy in huge pages | torch's best, ms | × faster | "
-        "others, ms |",
+        "| operation | penstock, ms (quartiles) | of the copy | of the copy in huge pages | torch, best, ms | × faster "
+        "| others, ms |",
         "|---|---|---|---|---|---|---|",
     ]
     for operation, ways in figures.items():
@@ -182,8 +182,8 @@ def main() -> None:
         "# Dropping tokens on the CPU",
         "",
         f"Batch {BATCH}, sequence {LENGTH:,}, hidden {WIDTH:,}, float32, keep {KEPT:,}. Medians of {ROUNDS - 1}",
-        "interleaved rounds. Copies: of everything that the operation writes, into torch's memory, and into memory in huge pages,",
-        "which is what large results of penstock are in. The unit is gather, an identity layer and scatter, as one.",
+        "interleaved rounds. Copies: of everything that the operation writes, into torch's memory, and into memory in",
+        "huge pages, which is what large results of penstock are in. The unit: gather, an identity layer and scatter.",
     ]
     for name, figures in runs.items():
         lines += ["", f"## {name.capitalize()}", "", *table(figures)]

@@ -1,7 +1,7 @@
 """How much of the FLOPs that dropping saves shows in the time of a training step, on the CPU.
 
-The reference GPT at context 1,024, all blocks but the first and the last keep half of the tokens, against the same model
-keeping all; forward, backward and AdamW, the two kinds of step in turn. About two minutes on an idle machine::
+The reference GPT at context 1,024, all blocks but the first and the last keep half of the tokens, against the same
+model keeping all; forward, backward and AdamW, the two kinds of step in turn. Two minutes on an idle machine::
 
     python -m benchmarks.random_ltd.end_to_end
 """
@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.random_ltd._results import REUSE, write_results
 
 CONTEXT, BATCH, LAYERS, WIDTH, HEADS, VOCABULARY = 1024, 2, 8, 512, 8, 4096
-ROUNDS = 7
+ROUNDS = 5
 
 
 def saving(
