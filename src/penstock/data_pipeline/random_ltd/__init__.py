@@ -16,6 +16,7 @@ from penstock.data_pipeline.random_ltd.dropping_utils import (
 from penstock.data_pipeline.random_ltd.layer import RandomLayerTokenDrop
 from penstock.data_pipeline.random_ltd.protect import protected_tokens
 from penstock.data_pipeline.random_ltd.scheduler import RandomLTDScheduler
+from penstock.data_pipeline.random_ltd.token_ops import drop_tokens, dropped_layer, restore_tokens
 
 __all__ = [
     "GatherTokens",
@@ -26,8 +27,11 @@ __all__ = [
     "bert_sample_tokens",
     "convert_to_random_ltd",
     "describe_random_ltd",
+    "drop_tokens",
+    "dropped_layer",
     "gpt_sample_tokens",
     "protected_tokens",
     "remove_random_ltd",
+    "restore_tokens",
     "save_without_random_ltd",
 ]
