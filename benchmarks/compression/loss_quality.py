@@ -1,12 +1,11 @@
 """Loss against bytes: every way to talk less, beside uncompressed AdamW, on the reference GPT and real text.
 
 Two replicas on this machine, the demo's corpus of Python sources, equal steps and data; seeds are paired: a seed
-decides initial weights and order, whatever the method. The loss is that of the held-out text after the last step, on the
-weights that all replicas agree on; bytes are what a replica sends per step, on average over the whole run, warm-up
-included. Rates were chosen on one seed that is not among those reported. Finished cells are kept in the results file,
-and a run goes on with those that are missing::
+decides initial weights and order, whatever the method. The loss is that of the held-out text after the last step, on
+the weights that all replicas agree on; bytes are what a replica sends per step, on average over the whole run, warm-up
+included. Finished cells are kept in the results file, and a run goes on with those that are missing::
 
-    python -m benchmarks.compression.loss_quality            # about 35 minutes on two cores
+    python -m benchmarks.compression.loss_quality            # half an hour on two quiet cores
     python -m benchmarks.compression.loss_quality --seeds 1 --steps 40 --results /tmp/try    # a look
 """
 
@@ -23,8 +22,8 @@ from typing import Any, Final
 
 from penstock._core.files import atomic_file
 
-STEPS, SEEDS, REPLICAS, LENGTH = 240, (1, 2, 3), 2, 128
-MODEL: Final = {"num_layers": 3, "hidden_size": 128, "num_heads": 4}
+STEPS, SEEDS, REPLICAS, LENGTH = 240, (1, 2, 3), 2, 64
+MODEL: Final = {"num_layers": 2, "hidden_size": 96, "num_heads": 4}
 RESULTS: Final = Path(__file__).parents[1] / "results" / "compression"
 BASELINE: Final = "AdamW"
 PERIOD: Final = 10
@@ -141,9 +140,9 @@ def table(cells: dict[str, Any], seeds: list[int], steps: int) -> list[str]:
     lines = [
         "# Loss against bytes, beside uncompressed AdamW",
         "",
-        f"Reference GPT, {first['parameters']:,} parameters, {REPLICAS} replicas, {steps} steps of 16 x {LENGTH} tokens",
-        f"of Python sources, paired seeds: {len(seeds)}. Held-out loss in nats per token; the gap is to AdamW with the",
-        "same seed, and the spread is the gaps' standard deviation. Bytes are sent by a replica per step, on average.",
+        f"Reference GPT, {first['parameters']:,} parameters, {REPLICAS} replicas, {steps} steps of 16 x {LENGTH}",
+        f"tokens of Python sources, paired seeds: {len(seeds)}. Held-out loss in nats per token; the gap is to AdamW",
+        "with the same seed, the spread the gaps' standard deviation. Bytes: sent by a replica per step, on average.",
         f"Methods that train apart exchange every {PERIOD} steps.",
         "",
         "| method | bytes per step | of AdamW's | held-out loss | gap | spread |",

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from penstock._core.meter import REPLICAS, Meter
@@ -119,6 +120,9 @@ def stop_and_go_on(rank: int, world_size: int, stop: int, dtype: torch.dtype) ->
             with optimizer.common_weights():
                 saved["model"] = copied(model.state_dict())
             saved["optimizer"] = copied(optimizer.state_dict())
+            for state in saved["optimizer"]["state"].values():  # the first replica's: the engine keeps but one
+                for tensor in state.values():
+                    dist.broadcast(tensor, 0)
             saved["errors"] = copied(optimizer.error_state())
         backward(model, rank, step)
         optimizer.step()
