@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penstock._core.documents import document_mask
 from penstock.models.gpt_config import GPTConfig
 from penstock.models.rotary import rotary_angles, rotate
 
@@ -135,7 +136,7 @@ class CausalSelfAttention(nn.Module):
             k_BSHE.transpose(1, 2),
             v_BSHE.transpose(1, 2),
             dropout_p=config.dropout if self.training else 0.0,
-            attn_mask=None if document_ids_BS is None else _within_documents(document_ids_BS),
+            attn_mask=None if document_ids_BS is None else document_mask(document_ids_BS),
             is_causal=document_ids_BS is None,
         )
         y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).reshape(rows, length, config.hidden_size))
@@ -228,13 +229,6 @@ def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
     weight = embedding.weight
     assert isinstance(weight, Tensor)
     return F.linear(x_BSD, weight)
-
-
-def _within_documents(document_ids_BS: Tensor) -> Tensor:
-    """Causal attention within each document: bool ``[B, 1, S, S]``, True where a query may attend to a key."""
-    length = document_ids_BS.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
-    return (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]) & causal
 
 
 def _linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:

@@ -157,7 +157,15 @@ def test_batches_of_columns_count_samples(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> Any:
             return self.__getitems__([index])[0]
 
-    for dataset in (Columns(), Pairs()):
+    class Inputs(Columns):
+        """An input dictionary and labels, as packed rows are."""
+
+        __getitems__ = None  # type: ignore[assignment]
+
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index), index
+
+    for dataset in (Columns(), Pairs(), Inputs()):
         analysis = DataAnalyzer(dataset, ["seqlen"], tmp_path / type(dataset).__name__, shard_tokens=2560).run()
         assert analysis.values("seqlen").tolist() == [index % 3 for index in range(300)]
 

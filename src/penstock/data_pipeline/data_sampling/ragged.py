@@ -178,6 +178,6 @@ def default_tokens(sample: Any) -> Any:
         if "input_ids" not in sample:
             raise ValueError(f"a sample has the fields {', '.join(map(str, sample))}; name its tokens with tokens_of")
         return sample["input_ids"]
-    if isinstance(sample, tuple) and sample and np.ndim(sample[0]) == 1:
-        return sample[0]
+    if isinstance(sample, tuple) and sample and (isinstance(sample[0], Mapping) or np.ndim(sample[0]) == 1):
+        return default_tokens(sample[0])
     return sample

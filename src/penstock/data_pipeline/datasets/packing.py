@@ -83,16 +83,6 @@ class PackedDocuments:
         return _reopen, (self.source, self.length, self.pad_token, self._starts, self._lengths, self.bins)
 
 
-def document_mask(document_ids_BS: Tensor) -> Tensor:
-    """Which places a place may attend to: those of its document up to itself; bool ``[B, 1, S, S]``, True is allowed.
-
-    As ``attn_mask`` of torch's ``scaled_dot_product_attention``, and as the four-dimensional ``attention_mask`` of
-    Hugging Face models (with attention ``sdpa``, and with ``position_ids`` beside it).
-    """
-    same = document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]
-    return same.tril()
-
-
 def cumulative_lengths(document_ids_BS: Tensor) -> tuple[Tensor, int]:
     """Where documents begin in the flattened rows, for attention kernels over sequences of varying length.
 
