@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,19 @@ def test_large_runs_in_a_mapped_file(tmp_path: Path, kind: str) -> None:
     sort_order(values, out, run=7_000)
     assert (out == np.argsort(values, kind="stable")).all()
     assert [path.name for path in tmp_path.iterdir()] == ["o.npy"]
+
+
+def test_equal_values_take_no_more_memory_than_others(tmp_path: Path) -> None:
+    """Whole numbers repeat without end: a range of them cannot be made narrower, so they are copied run by run."""
+    n, run = 400_000, 10_000
+    out = np.lib.format.open_memmap(tmp_path / "o.npy", mode="w+", dtype=np.int64, shape=(n,))
+    values = np.ones(n)
+    tracemalloc.start()
+    sort_order(values, out, run=run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < n * 8
+    assert (out == np.arange(n)).all()
 
 
 def test_mistakes() -> None:
