@@ -35,7 +35,7 @@ def _get(name: str, p: int, m: int, v: int) -> Schedule:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=ranks, m=micro_batches, v=st.integers(1, 4))
 def test_complete_ordered_and_through_the_smallest_channels(name: str, p: int, m: int, v: int) -> None:
     schedule = _get(name, p, m, v)
@@ -72,7 +72,7 @@ def _idle(timeline: Timeline) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=ranks, m=micro_batches, forward=st.integers(1, 9), backward=st.integers(1, 9))
 def test_bubble_of_gpipe_and_1f1b(name: str, p: int, m: int, forward: int, backward: int) -> None:
     timeline = _timeline(name, p, m, costs=Costs(forward=forward, backward=backward))
@@ -82,7 +82,7 @@ def test_bubble_of_gpipe_and_1f1b(name: str, p: int, m: int, forward: int, backw
 
 
 @pytest.mark.parametrize("name", ["looped_bfs", "interleaved_1f1b"])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=ranks, more=st.integers(0, 48), v=st.integers(1, 4), forward=st.integers(1, 9), backward=st.integers(1, 9))
 def test_bubble_of_looped_schedules(name: str, p: int, more: int, v: int, forward: int, backward: int) -> None:
     m = p + more
@@ -91,7 +91,7 @@ def test_bubble_of_looped_schedules(name: str, p: int, more: int, v: int, forwar
     assert _idle(timeline) == ((p - 1) * (forward + backward),) * 2
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=ranks, m=micro_batches, slices=st.integers(1, 4), forward=st.integers(1, 9), backward=st.integers(1, 9))
 def test_bubble_of_seq1f1b(p: int, m: int, slices: int, forward: int, backward: int) -> None:
     timeline = _timeline("seq1f1b", p, m, slices, Costs(forward=forward, backward=backward))
@@ -99,7 +99,7 @@ def test_bubble_of_seq1f1b(p: int, m: int, slices: int, forward: int, backward: 
     assert _idle(timeline) == ((p - 1) * (forward + backward),) * 2
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=ranks, m=micro_batches, v=st.integers(1, 4))
 def test_bubble_of_forward_only(p: int, m: int, v: int) -> None:
     whole, span = _idle(_timeline("forward_only", p, m, v))
@@ -148,14 +148,14 @@ LARGEST_PEAK = {
 
 
 @pytest.mark.parametrize("name", PEAKS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=ranks, m=micro_batches, v=st.integers(1, 4))
 def test_peak_activations_are_the_published_ones(name: str, p: int, m: int, v: int) -> None:
     assert _get(name, p, m, v).peak_activations() == PEAKS[name](p, m, v)
 
 
 @pytest.mark.parametrize("name", LARGEST_PEAK)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(p=ranks, m=micro_batches)
 def test_largest_peak_over_a_v(name: str, p: int, m: int) -> None:
     bound = LARGEST_PEAK[name](p, m)

@@ -122,12 +122,9 @@ def _gets_through(schedule: Schedule, graph: Graph, capacity: int) -> bool:
     for the one whose message it takes, and, to have room, until the receiver has taken the message ``capacity`` before
     its own: that happens when the receiver is through with whatever precedes the receive.
     """
-    forward, inputs, weights = graph.done_at
-    # A stage's own F, I and W are on one rank, in this order. A B is both I and W.
-    in_order = schedule.forward_only or ((forward < inputs).all() and (inputs <= weights).all())
-    if not in_order or not _slices_in_order(schedule, graph):
+    if not _slices_in_order(schedule, graph):
         return False
-    # What is handed over within a rank must be made before; what comes from elsewhere is found by playing.
+    # That a stage's F comes before its I or B needs no check: by way of the last stage, I waits for F.
     room = _room(schedule, graph, capacity)
     still = np.zeros(len(graph.ops))
     return bool(np.isfinite(run_through(graph.first, graph.needs, lags=still, durations=still, room=room)).all())
