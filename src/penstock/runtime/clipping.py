@@ -7,22 +7,29 @@ import torch.distributed as dist
 from torch import nn
 
 from penstock._core.meter import CONTROL, Meter
+from penstock.runtime.sharding.tensors import here, squared_norm
 
 
 def global_norm(
-    parameters: Iterable[nn.Parameter], *, group: dist.ProcessGroup | None = None, meter: Meter | None = None
+    parameters: Iterable[nn.Parameter],
+    *,
+    group: dist.ProcessGroup | None = None,
+    replicas: int = 1,
+    meter: Meter | None = None,
 ) -> float:
     """The Euclidean norm of the gradients of all parameters on all ranks of ``group``, in float64.
 
     Args:
         parameters: This rank's share; a tied parameter belongs to one rank's share only.
-        group: The ranks of one pipeline replica; None when this rank holds the whole model.
+        group: The ranks of one pipeline replica, or with sharding of all replicas; None when this rank holds the whole
+            model.
+        replicas: How many replicas are in the group.
         meter: Where the bytes of the sum are counted.
     """
     total = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
         if parameter.grad is not None:
-            total += parameter.grad.detach().double().square().sum().cpu()
+            total += squared_norm(parameter.grad, replicas)
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(total, group=group)
         if meter is not None:
@@ -32,7 +39,7 @@ def global_norm(
 
 def largest(parameters: Iterable[nn.Parameter]) -> float:
     """The largest absolute value in the gradients of this rank; NaN where there is one. 0 without gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [here(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)) if gradients else 0.0
 
 

@@ -275,6 +275,17 @@ class TrainConfig(Section):
 
     def _check_exchange(self) -> None:
         optimizer, compression = self.optimizer, self.compression
+        if self.data_parallel.sharded:
+            if optimizer.owns_exchange:
+                raise ValueError(
+                    f"optimizer.name={optimizer.name} exchanges whole momenta, but data_parallel.sharding="
+                    f"{self.data_parallel.sharding} leaves each replica a part; set sharding: none or name: adamw"
+                )
+            if compression.algorithm != "none":
+                raise ValueError(
+                    f"compression.algorithm={compression.algorithm} compresses whole gradients, but data_parallel."
+                    f"sharding={self.data_parallel.sharding} divides them; set one of the two to none"
+                )
         if optimizer.owns_exchange and compression.algorithm != "none":
             raise ValueError(
                 f"compression.algorithm={compression.algorithm} and optimizer.name={optimizer.name} would both "
@@ -392,6 +403,12 @@ def check_world(config: TrainConfig, world_size: int) -> int:
             f"pipe.stages={stages} * data_parallel.replicas={replicas} = "
             f"{counted(stages * replicas, 'process', 'processes')}, but {counted(world_size, 'was', 'were')} started; "
             f"start {stages * replicas} or change one of the two"
+        )
+    if config.data_parallel.sharded and replicas == 1:
+        raise ValueError(
+            f"data_parallel.sharding={config.data_parallel.sharding} divides over replicas, but "
+            f"{counted(world_size, 'process', 'processes')} with pipe.stages={stages} make only 1; start more "
+            "processes, or set sharding: none"
         )
     config.micro_batches(replicas)
     return replicas

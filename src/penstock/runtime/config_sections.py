@@ -13,6 +13,7 @@ from penstock.pipe.schedule import SCHEDULES, load_schedule
 DECAYS: Final = ("constant", "cosine", "linear")
 MODELS: Final = ("gpt",)
 PRECISIONS: Final = ("float32", "float64", "bf16", "fp16")
+SHARDINGS: Final = ("none", "fsdp2")
 LOSS_WEIGHTINGS: Final = ("tokens", "micro_batches")
 _OTHER_NAMES: Final = {"fp32": "float32", "fp64": "float64", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
@@ -140,9 +141,32 @@ class DataParallelSection(Section):
 
     Attributes:
         replicas: How many; None takes the number of processes divided by ``pipe.stages``.
+        sharding: ``none`` keeps parameters, gradients and optimizer state whole on every replica; ``fsdp2`` divides
+            them over the replicas (tied weights stay whole).
+        reshard_after_forward: With ``fsdp2``: free a layer's gathered parameters after every forward pass instead of
+            once per step. Less memory, more communication.
     """
 
     replicas: int | None = Field(default=None, ge=1)
+    sharding: str = "none"
+    reshard_after_forward: bool = False
+
+    _known_sharding = field_validator("sharding")(one_of("sharding", SHARDINGS))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each replica holds a part of what the others do not."""
+        return self.sharding != "none"
+
+    @model_validator(mode="after")
+    def _check_resharding(self) -> Self:
+        if self.reshard_after_forward and not self.sharded:
+            raise ValueError("reshard_after_forward has no meaning without sharding; set sharding: fsdp2 or remove it")
+        if self.sharded and self.replicas == 1:
+            raise ValueError(
+                f"sharding={self.sharding} divides over replicas, of which there is 1; take more, or sharding: none"
+            )
+        return self
 
 
 class TrainSection(Section):

@@ -172,7 +172,9 @@ class Engine:
         with self._told("eval_batch"):
             micro_batches = self._weighted(self._given_batches(data_iter))
             with common_weights(parts):
-                return parts.pipeline.eval_step(micro_batches, step=self.progress.step)
+                loss = parts.pipeline.eval_step(micro_batches, step=self.progress.step)
+            self._reshard()
+            return loss
 
     def predict_batch(self, data_iter: Iterator[Any]) -> list[Any]:
         """Outputs of the last layer for one global batch in eval mode: this replica's micro-batches in order.
@@ -188,6 +190,7 @@ class Engine:
             micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=False)
             with common_weights(parts):
                 outputs = parts.pipeline.predict_step(micro_batches, broadcast=True)
+            self._reshard()
             assert outputs is not None  # broadcast gives them to every rank
             return outputs
 
@@ -298,6 +301,11 @@ class Engine:
         targets_needed = parts.pipeline.loss_fn is not None
         return batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=targets_needed)
 
+    def _reshard(self) -> None:
+        """Free what forward passes gathered and no backward pass will free."""
+        if self.config.data_parallel.sharded:
+            self.parts.exchange.reshard()  # type: ignore[attr-defined]
+
     def _weighted(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Micro-batches that count by their labels, unless they count alike."""
         parts = self.parts
@@ -341,7 +349,13 @@ class Engine:
                 self._check_finite("largest gradient", largest(self.stage.parameters()))
             return None
         with parts.watcher.waiting("gradient norm", stage=self.stage.index):
-            norm = global_norm(parts.shared.counted_here, group=parts.groups.pipeline, meter=parts.meter)
+            sharded = self.config.data_parallel.sharded
+            norm = global_norm(
+                parts.shared.counted_here,
+                group=parts.groups.control if sharded else parts.groups.pipeline,
+                replicas=parts.groups.num_replicas if sharded else 1,
+                meter=parts.meter,
+            )
         self._check_finite("gradient norm", norm)
         clip_(self.stage.parameters(), norm=norm, max_norm=limit)
         return norm

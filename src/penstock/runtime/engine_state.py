@@ -25,6 +25,7 @@ from penstock.runtime.gather import gather_json
 from penstock.runtime.ledger import chain, merge
 from penstock.runtime.optimizers import load_groups, load_state, save_groups, save_state
 from penstock.runtime.parts import Parts, Progress
+from penstock.runtime.sharding.tensors import full_tensor
 from penstock.runtime.tied_check import check_copies
 
 _log = logging.getLogger(__name__)
@@ -41,9 +42,7 @@ def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None)
     writer = CheckpointWriter(directory, progress.step)
     with local_replicas.common_weights(parts):
         _check_tied(parts)
-        if parts.groups.replica == 0:
-            for layer, tensors in _layers(parts).items():
-                writer.write_layer(layer, tensors)
+        _write_layers(parts, writer)
     tensors, plain = _rank_state(parts)
     if tensors:
         writer.write_rank(parts.process.rank, tensors)
@@ -72,6 +71,21 @@ def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None)
                 prune(directory, keep)
         gather_json("sealed", group=parts.groups.control, meter=parts.meter)
     return writer.path
+
+
+def _write_layers(parts: Parts, writer: CheckpointWriter) -> None:
+    """Write this stage's layers, by its first replica; where they lie in parts on the replicas, all bring theirs."""
+    first = parts.groups.replica == 0
+    if not first and not parts.config.data_parallel.sharded:
+        return
+    for layer, tensors in _layers(parts).items():
+        with parts.watcher.waiting(f"gathering layer {layer}", stage=parts.stage.index):
+            whole = {
+                name: full_tensor(tensor, group=parts.groups.replicas, meter=parts.meter)
+                for name, tensor in tensors.items()
+            }
+        if first:
+            writer.write_layer(layer, whole)
 
 
 def load(parts: Parts, progress: Progress, directory: Path) -> Path:
@@ -132,6 +146,7 @@ def layout(parts: Parts) -> dict[str, Any]:
         "stages": parts.groups.num_pipe_ranks,
         "replicas": parts.groups.num_replicas,
         "bounds": None if bounds is None else list(bounds),
+        **({"sharding": parts.config.data_parallel.sharding} if parts.config.data_parallel.sharded else {}),
     }
 
 

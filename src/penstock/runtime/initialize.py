@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
 from penstock.pipe.local_stages import AnyStages, LocalStages
 from penstock.pipe.module import PipelineModule
+from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
@@ -113,13 +114,15 @@ def initialize(
         stage: AnyStages = stages[0] if len(stages) == 1 else LocalStages(stages)
         stage.autocast_dtype = _AUTOCAST.get(settings.precision)
         copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
+        if settings.data_parallel.sharded:
+            _shard(settings, stages, groups, meter, watcher)
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
             ready.dropping.wrap(stage)
         last_layer = None if module is None else len(module.parameter_counts) - 1
         built = _optimizer(settings, optimizer, shared, stage, last_layer=last_layer)
         local_updates = make_local_updates(settings, built, shared, groups, meter=meter, watcher=watcher)
-        exchange = _exchange(settings, built, shared, groups, meter, watcher)
+        exchange = _exchange(settings, built, stages, shared, groups, meter, watcher)
         pipeline = PipelineEngine(
             stages,
             schedule=ready.pipe_schedule,
@@ -199,6 +202,7 @@ def _optimizer(
 def _exchange(
     config: TrainConfig,
     optimizer: Optimizer,
+    stages: Sequence[Stage],
     shared: SharedParameters,
     groups: PipeGroups,
     meter: Meter,
@@ -218,6 +222,10 @@ def _exchange(
             )
         optimizer.bind_exchange(group=groups.replicas, replicas=groups.num_replicas, meter=meter, watcher=watcher)
         return LocalGradients(_all(shared), replicas=groups.num_replicas)
+    if config.data_parallel.sharded:
+        from penstock.runtime.sharding.exchange import ShardedGradients
+
+        return ShardedGradients(stages, _whole_exchange(stages, groups, meter, watcher))
     if groups.num_replicas == 1 or config.local_updates is not None:
         return LocalGradients(_all(shared), replicas=groups.num_replicas)
     section = config.compression
@@ -235,6 +243,28 @@ def _exchange(
         meter=meter,
         watcher=watcher,
     )
+
+
+def _shard(config: TrainConfig, stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher) -> None:
+    from penstock.runtime.sharding.stage import shard_stage  # FSDP2 takes half a second to import
+
+    assert groups.replicas is not None  # refused for a single replica
+    for stage in stages:
+        shard_stage(
+            stage,
+            group=groups.replicas,
+            reshard_after_forward=config.data_parallel.reshard_after_forward,
+            meter=meter,
+            watcher=watcher,
+        )
+
+
+def _whole_exchange(stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher) -> GradientExchange:
+    """The exchange of tied weights, which sharding leaves whole on every replica."""
+    tied = {id(pair[1]): pair for stage in stages for _, pairs in sorted(stage.tied.items()) for pair in pairs}
+    if not tied:
+        return LocalGradients([], replicas=groups.num_replicas)
+    return Reducer([[pair] for pair in tied.values()], group=groups.replicas, meter=meter, watcher=watcher)
 
 
 def _all(shared: SharedParameters) -> list[nn.Parameter]:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from penstock.pipe.local_stages import AnyStages
 from penstock.runtime.checkpoint import copy_into
+from penstock.runtime.sharding.tensors import divided_like
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], Optimizer]
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -137,7 +138,7 @@ def load_state(optimizer: Optimizer, names: Mapping[int, str], saved: Mapping[st
             if value.dim() == parameter.dim() and any(mine not in (1, theirs) for mine, theirs in sizes):
                 name = names[id(parameter)]
                 copy_into(parameter.detach(), value, f"{key} of {name}")  # raises with both shapes
-        state[number] = dict(_from_tensor(key, value) for key, value in entries.items())
+        state[number] = dict(_from_tensor(key, value, parameter) for key, value in entries.items())
     optimizer.load_state_dict({"state": state, "param_groups": packed["param_groups"]})
 
 
@@ -199,8 +200,8 @@ def _as_tensor(key: str, value: Any) -> tuple[str, Tensor]:
     )
 
 
-def _from_tensor(key: str, value: Tensor) -> tuple[str, Any]:
+def _from_tensor(key: str, value: Tensor, parameter: nn.Parameter) -> tuple[str, Any]:
     if key.startswith(_NUMBER):
         return key.removeprefix(_NUMBER), value.item()
     # A clone lies in aligned memory of its own; tensors read from a file lie where the file put them.
-    return key, value.clone()
+    return key, divided_like(value, parameter) if value.shape == parameter.shape else value.clone()

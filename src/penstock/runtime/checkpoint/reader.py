@@ -14,6 +14,7 @@ from torch import Tensor
 
 from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_manifest, sha256_of
 from penstock.runtime.checkpoint.names import FORMAT, FORMAT_VERSION, STATE_NAME, layer_file, rank_file, step_name
+from penstock.runtime.sharding.tensors import here, local_part
 
 
 class Checkpoint:
@@ -132,7 +133,8 @@ def copy_into(target: Tensor, source: Tensor, name: str) -> None:
     """Copy a loaded tensor into existing storage, whose alignment is part of a bitwise equal resume.
 
     Args:
-        target: The tensor of the model or the optimizer; its shape and dtype must be the checkpoint's.
+        target: The tensor of the model or the optimizer; its shape and dtype must be the checkpoint's. Where it lies
+            in parts on several ranks, this rank's part is taken.
         source: The tensor of the checkpoint.
         name: Its name, for the error.
 
@@ -145,7 +147,7 @@ def copy_into(target: Tensor, source: Tensor, name: str) -> None:
             "build the model and precision that the checkpoint was made with"
         )
     with torch.no_grad():
-        target.copy_(source)
+        here(target).copy_(local_part(source, target))
 
 
 def _kind(tensor: Tensor) -> str:
