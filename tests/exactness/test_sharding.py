@@ -8,6 +8,7 @@ import torch
 
 import penstock
 from penstock._core.meter import Meter
+from penstock.runtime.preparation import prepare
 from penstock.runtime.sharding.tensors import full_tensor
 from support.pool import WorkerPool
 from support.run_jobs import config, model, resume_job, tokens
@@ -59,7 +60,7 @@ def part(tensor: Any) -> torch.Tensor:
     ("stages", "replicas", "changes"),
     [
         (1, 2, {}),
-        (2, 2, {"schedule": "gpipe"}),
+        (2, 2, {"pipe": {"stages": 2, "schedule": "interleaved_1f1b"}}),
         (2, 2, {"pipe": {"stages": 2, "activation_checkpoint_interval": 1}}),
         (1, 3, {"data_parallel": {"replicas": 3, "sharding": "fsdp2", "reshard_after_forward": True}}),
     ],
@@ -130,3 +131,13 @@ def test_a_plain_checkpoint_loads_into_a_sharded_run(pool: WorkerPool, tmp_path:
 def test_what_sharding_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         penstock.initialize(model(), {**config(dropping=False), **changes}, training_data=tokens())
+
+
+def test_what_needs_whole_backward_passes_or_whole_parameters_is_refused() -> None:
+    made = {**config(dropping=False), "data_parallel": {"sharding": "fsdp2"}}
+    split = {**made, "pipe": {"stages": 2, "schedule": "zb_h1"}}
+    with pytest.raises(ValueError, match="schedule 'zb_h1' computes weight gradients later"):
+        prepare(model(), split, world_size=4)
+    plain = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="which the given SGD does not hold; give a factory"):
+        prepare(plain, made, world_size=2, optimizer=torch.optim.SGD(plain.parameters(), lr=0.1))

@@ -20,6 +20,7 @@ from penstock.data_pipeline.datasets import PackedDocuments, TokenWindows, open_
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.schedule import SCHEDULES, Schedule, get_schedule
+from penstock.pipe.schedule.actions import W_CODE
 from penstock.pipe.topology import PipeDataParallelTopology, ProcessTopology
 from penstock.runtime.config import TrainConfig, check_world, load_config
 from penstock.runtime.dropping import Dropping
@@ -100,6 +101,7 @@ def prepare(
     if module is not None:
         _check_stages(module)
     _check_optimizer(model, optimizer)
+    _check_sharding(settings, pipe_schedule, optimizer)
     _check_muon(settings, optimizer)
     dataset = open_training_data(settings, training_data)
     dropping = _dropping(settings, module)
@@ -118,6 +120,24 @@ def prepare(
         feed=training_feed(settings, order),
         schedule=_schedule(settings, optimizer, dropping),
     )
+
+
+def _check_sharding(config: TrainConfig, schedule: Schedule, optimizer: Any) -> None:
+    sharding = config.data_parallel.sharding
+    if not config.data_parallel.sharded:
+        return
+    if any((actions.ops == W_CODE).any() for actions in schedule.ranks):
+        raise ValueError(
+            f"data_parallel.sharding={sharding} reduces a layer's gradients in its backward pass, but schedule "
+            f"{schedule.name!r} computes weight gradients later; take a schedule with whole backward passes, such as "
+            "'1f1b' or 'interleaved_1f1b', or sharding: none"
+        )
+    if isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"data_parallel.sharding={sharding} replaces the model's parameters by their parts, which the given "
+            f"{type(optimizer).__name__} does not hold; give a factory, such as "
+            "lambda groups: torch.optim.AdamW(groups, lr=1e-3)"
+        )
 
 
 def _ranked(model: Any, config: TrainConfig) -> TrainConfig:
