@@ -11,7 +11,9 @@ from penstock.compression import (
     ErrorFeedback,
     create_compression_algorithm,
     initialize_module,
+    registry,
 )
+from penstock.compression.algorithms import OneBit
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "onebit"])
@@ -127,3 +129,74 @@ def test_initialize_module_takes_a_name_a_mapping_or_a_configuration() -> None:
     assert not initialize_module("none").error_feedback  # nothing is ever left over
     with pytest.raises(ValueError, match="did you mean 'fp16'"):
         initialize_module("fp61")
+
+
+def test_warm_up_decay_reset_and_ef21_of_a_module() -> None:
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    warm = initialize_module({"algorithm": "onebit", "warmup_steps": 2})
+    assert torch.equal(warm(x, "w"), x)
+    assert torch.equal(warm(x, "w"), x)
+    first = warm(x, "w")
+    assert torch.equal(first, initialize_module("onebit")(x, "w"))
+    assert warm.statistics.bytes_out == 2 * 2000 + warm.algorithm.bytes_for(500)
+    fading = initialize_module({"algorithm": "onebit", "error_decay": 0.75})
+    seen = fading(x, "w")
+    torch.testing.assert_close(fading.state_dict()["memories"]["w"], 0.25 * (x - seen))
+    resetting = initialize_module({"algorithm": "onebit", "error_reset_every": 2})
+    seen = [resetting(x, "w") for _ in range(4)]
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+    assert not torch.equal(seen[0], seen[1])
+    estimating = initialize_module({"algorithm": "int4", "error_feedback": "ef21"})
+    errors = [float((estimating(x, "w") - x).norm()) for _ in range(8)]
+    assert errors[-1] < 1e-4 * errors[0]
+    spoilt = x.clone()
+    spoilt[3] = math.nan
+    before = estimating.state_dict()["memories"]["w"].clone()
+    assert not estimating(spoilt, "w").isfinite().all()
+    assert torch.equal(estimating.state_dict()["memories"]["w"], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("powersgd", {"rank": 1}), ("randomk", {}), ("int2", {"stochastic": True})]
+)
+def test_modules_with_more_than_a_memory_resume_bitwise(name: str, options: dict) -> None:
+    generator = torch.Generator().manual_seed(1)
+    xs = [torch.randn(30, 40, generator=generator) for _ in range(6)]
+    straight, other = (initialize_module({"algorithm": name, "options": options}) for _ in range(2))
+    for x in xs[:3]:
+        straight(x, "w")
+    saved = straight.state_dict()
+    saved["memories"] = {key: memory.clone() for key, memory in saved["memories"].items()}
+    saved["starts"] = {key: start.clone() for key, start in saved["starts"].items()}
+    saved["calls"] = dict(saved["calls"])
+    expected = [straight(x, "w") for x in xs[3:]]
+    other.load_state_dict(saved)
+    assert all(torch.equal(other(x, "w"), want) for x, want in zip(xs[3:], expected, strict=True))
+    assert len({float(want.sum()) for want in expected}) == 3
+
+
+class _Point:
+    def __init__(self, name: str, target: object) -> None:
+        self.name, self.value, self.dist = name, f"package:{name}", None
+        self._target = target
+
+    def load(self) -> object:
+        if isinstance(self._target, Exception):
+            raise self._target
+        return self._target
+
+
+def test_packages_bring_algorithms_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Guest(OneBit):
+        name = "guest"
+
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [_Point("guest", Guest)])
+    registry._register_installed.cache_clear()
+    assert isinstance(create_compression_algorithm("guest", {"block_size": 64}), Guest)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [_Point("broken", ImportError("no such module"))])
+    registry._register_installed.cache_clear()
+    with pytest.raises(ValueError, match=r"entry point broken = package:broken .* no such module; mend or uninstall"):
+        create_compression_algorithm("broken")
+    registry._register_installed.cache_clear()

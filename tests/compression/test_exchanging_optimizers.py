@@ -12,7 +12,7 @@ from torch import nn
 
 from penstock._core.protocols import OwnsExchange
 from penstock.compression import OneBitAdam, OneBitLamb, ZeroOneAdam
-from penstock.compression.optim._rechunk import rechunked
+from penstock.compression.rechunk import rechunked
 
 SHAPES = [(17, 5), (), (3,), (64, 33), (1000,), (0,)]
 ALL = [OneBitAdam, OneBitLamb, ZeroOneAdam]

@@ -10,8 +10,9 @@ from penstock.compression.algorithm import CompressionAlgorithm, Payload, Payloa
 from penstock.compression.collectives import CompressedWork, compressed_allreduce, start_compressed_allreduce
 from penstock.compression.config import CompressionConfig
 from penstock.compression.ddp_hook import DDPCompression, ddp_compression_hook
-from penstock.compression.error_feedback import ErrorFeedback
+from penstock.compression.error_feedback import ErrorFeedback, FeedbackRule
 from penstock.compression.error_memory import ErrorMemory
+from penstock.compression.hierarchy import machine_groups
 from penstock.compression.local import DiLoCo, LocalSGD, LocalUpdates, MuLoCo, OuterStep, SparseLoCo, StreamingDiLoCo
 from penstock.compression.local_gradients import LocalGradients
 from penstock.compression.module import CompressionModule, initialize_module
@@ -24,8 +25,10 @@ from penstock.compression.registry import (
     known_algorithms,
     register_compression_module,
 )
+from penstock.compression.rules import ParameterRules
 
 if TYPE_CHECKING:
+    from penstock.compression.sharded import compress_fsdp
     from penstock.compression.tool import main
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "DiLoCo",
     "ErrorFeedback",
     "ErrorMemory",
+    "FeedbackRule",
     "LocalGradients",
     "LocalSGD",
     "LocalUpdates",
@@ -46,12 +50,14 @@ __all__ = [
     "OneBitAdam",
     "OneBitLamb",
     "OuterStep",
+    "ParameterRules",
     "Payload",
     "PayloadField",
     "Reducer",
     "SparseLoCo",
     "StreamingDiLoCo",
     "ZeroOneAdam",
+    "compress_fsdp",
     "compressed_allreduce",
     "create_compression_algorithm",
     "ddp_compression_hook",
@@ -59,6 +65,7 @@ __all__ = [
     "get_compression_module",
     "initialize_module",
     "known_algorithms",
+    "machine_groups",
     "main",
     "register_compression_module",
     "start_compressed_allreduce",
@@ -66,9 +73,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the command-line tool when it is first asked for: a training run needs none of it."""
+    """Import what few runs need when it is first asked for: the command-line tool, and what belongs to FSDP2."""
     if name == "main":
         from penstock.compression.tool import main
 
         return main
+    if name == "compress_fsdp":
+        from penstock.compression.sharded import compress_fsdp
+
+        return compress_fsdp
     raise AttributeError(f"module 'penstock.compression' has no attribute {name!r}")

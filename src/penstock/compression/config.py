@@ -1,12 +1,13 @@
 """What a user writes to choose a compressor."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from penstock._core.suggest import unknown_name
 from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.error_feedback import FeedbackRule
 from penstock.compression.registry import create_compression_algorithm
 
 
@@ -18,14 +19,20 @@ class CompressionConfig(BaseModel):
     Attributes:
         algorithm: A registered name, see :func:`~penstock.compression.known_algorithms`.
         options: Keyword arguments of the algorithm.
-        error_feedback: Keep what was not sent in a memory and add it to the next tensor.
+        error_feedback: Keep what was not sent in a memory and add it to the next tensor; ``ef21`` keeps an estimate.
+        error_decay: See :class:`~penstock.compression.FeedbackRule`.
+        error_reset_every: The same.
+        warmup_steps: Calls for each name that pass uncompressed first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     algorithm: str = "onebit"
     options: dict[str, Any] = Field(default_factory=dict)
-    error_feedback: bool = True
+    error_feedback: bool | Literal["ef21"] = True
+    error_decay: float = 0.0
+    error_reset_every: int = 0
+    warmup_steps: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -38,8 +45,18 @@ class CompressionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        self.create()
+        algorithm = self.create()
+        if self.error_feedback and not algorithm.lossless:
+            algorithm.check_feedback()
+        self.feedback()
         return self
+
+    def feedback(self) -> FeedbackRule | None:
+        """How errors are carried over; None where they are let go."""
+        if not self.error_feedback:
+            return None
+        kind: Literal["classic", "ef21"] = "ef21" if self.error_feedback == "ef21" else "classic"
+        return FeedbackRule(kind, decay=self.error_decay, reset_every=self.error_reset_every)
 
     def create(self) -> CompressionAlgorithm:
         """The algorithm that this configuration names."""

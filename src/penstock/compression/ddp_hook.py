@@ -6,8 +6,8 @@
     model.register_comm_hook(DDPCompression(create_compression_algorithm("onebit")), ddp_compression_hook)
 
 DDP hands its buckets to the hook in one fixed order. The hook launches each bucket's first collective at once, under
-the rest of the backward pass; when the last bucket of the step arrives it runs all the second collectives, again in
-order. So many buckets are in flight and every rank issues the same sequence of collectives.
+the rest of the backward pass, and takes every earlier bucket one collective further; the last bucket of the step
+finishes them all. So many buckets are in flight and every rank issues the same sequence of collectives.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,12 @@ from torch import Tensor
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.algorithms.powersgd import PowerSGD
 from penstock.compression.chunks import Part
-from penstock.compression.error_feedback import memory_dtype
+from penstock.compression.error_feedback import CLASSIC, FeedbackRule, memory_dtype
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.group import ranks_of
-from penstock.compression.reduction import Reduction, make_reduction
+from penstock.compression.reduction import Reduction, finish_all, make_reduction
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -42,7 +43,7 @@ class DDPCompression:
     Args:
         algorithm: None for no compression.
         group: The group that DDP was given; None is the default group.
-        error_feedback: Keep what compression leaves out for the next step.
+        error_feedback: Keep what compression leaves out for the next step; a :class:`FeedbackRule` says how.
         warmup_steps: Steps at the start that go uncompressed.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -53,7 +54,7 @@ class DDPCompression:
         algorithm: CompressionAlgorithm | None,
         *,
         group: dist.ProcessGroup | None = None,
-        error_feedback: bool = True,
+        error_feedback: bool | FeedbackRule = True,
         warmup_steps: int = 0,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
@@ -64,7 +65,12 @@ class DDPCompression:
         self.warmup_steps = warmup_steps
         self._algorithm = algorithm
         self._group = group
-        self._error_feedback = error_feedback and algorithm is not None and not algorithm.lossless
+        if isinstance(algorithm, PowerSGD) and not error_feedback:
+            raise ValueError(
+                "powersgd without error feedback loses all but a few directions for good; set error_feedback: true"
+            )
+        self._rule = error_feedback if isinstance(error_feedback, FeedbackRule) else CLASSIC
+        self._error_feedback = bool(error_feedback) and algorithm is not None and not algorithm.lossless
         self._meter = meter
         self._watcher = watcher
         self._slots: dict[int, _Slot] = {}
@@ -81,13 +87,14 @@ class DDPCompression:
         slot.flat.copy_(buffer)
         reduction = slot.compressed if self.step >= self.warmup_steps else slot.plain
         reduction.start(self.step)
+        for earlier in self._in_flight:
+            earlier.reduction.advance()
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
         self._in_flight.append(_Launched(reduction, slot.flat, buffer, future))
         if bucket.is_last():
             launched, self._in_flight = self._in_flight, []
-            for work in launched:
-                work.reduction.advance()
+            finish_all(work.reduction for work in launched)
             for work in launched:
                 work.finish()
             for index in [index for index in self._slots if index > bucket.index()]:  # of the layout before
@@ -141,7 +148,7 @@ class DDPCompression:
         flat = torch.zeros_like(buffer, dtype=memory_dtype(buffer.dtype) if compresses else buffer.dtype)
         memory = None
         if self._error_feedback:
-            memory = ErrorMemory.for_tensor(flat, self._group, algorithm=self._algorithm, parts=parts)
+            memory = ErrorMemory.for_tensor(flat, self._group, algorithm=self._algorithm, rule=self._rule, parts=parts)
         make = partial(make_reduction, flat, group=self._group, meter=self._meter, watcher=self._watcher)
         factor = 1.0 / ranks_of(self._group)
         plain = compressed = make(algorithm=None, factor=factor)

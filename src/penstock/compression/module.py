@@ -3,14 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from penstock.compression.algorithm import CompressionAlgorithm, Payload
+from penstock.compression.algorithms.powersgd import PowerSGD
 from penstock.compression.config import CompressionConfig
-from penstock.compression.error_feedback import ErrorFeedback
+from penstock.compression.error_feedback import CLASSIC, ErrorFeedback, FeedbackRule, all_finite
+
+_UNCOMPRESSED: Final = "uncompressed"
 
 
 @dataclass
@@ -53,20 +56,32 @@ class CompressionModule:
 
     Args:
         algorithm: Any algorithm.
-        error_feedback: Carry what was not sent over to the next tensor of the same name.
+        error_feedback: Carry what was not sent over to the next tensor of the same name; a :class:`FeedbackRule` says
+            how.
+        warmup_steps: Tensors of each name that pass uncompressed first.
     """
 
-    def __init__(self, algorithm: CompressionAlgorithm, *, error_feedback: bool = True) -> None:
+    def __init__(
+        self, algorithm: CompressionAlgorithm, *, error_feedback: bool | FeedbackRule = True, warmup_steps: int = 0
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         self.algorithm = algorithm
-        self.error_feedback = error_feedback and not algorithm.lossless
+        self.error_feedback = bool(error_feedback) and not algorithm.lossless
+        self.warmup_steps = warmup_steps
         self.statistics = CompressionStatistics()
+        self._rule = error_feedback if isinstance(error_feedback, FeedbackRule) else CLASSIC
         self._memories: dict[str, ErrorFeedback] = {}
+        self._starts: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+        if self.error_feedback:
+            algorithm.check_feedback()
 
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Compress and decompress: a new tensor of the same shape and dtype, as a receiver would see it."""
         tensor = tensor.detach()
         seen = self.decompress(
-            self.compress(tensor, name), torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            self.compress(tensor, name), torch.empty_like(tensor, memory_format=torch.contiguous_format), name
         )
         self.statistics.error_energy += float((tensor - seen).double().square().sum())
         self.statistics.energy += float(tensor.double().square().sum())
@@ -80,29 +95,71 @@ class CompressionModule:
         """
         if not tensor.is_floating_point():
             raise ValueError(f"only floating tensors are compressed, got {tensor.dtype}")
+        tensor = tensor.detach()
+        call = self._calls.get(name, 0)
+        memory = self._memory_for(name, tensor)
+        self._calls[name] = call + 1
         self.statistics.calls += 1
         self.statistics.bytes_in += tensor.numel() * tensor.element_size()
+        if call < self.warmup_steps:
+            self.statistics.bytes_out += tensor.numel() * tensor.element_size()
+            return {_UNCOMPRESSED: tensor.clone(memory_format=torch.contiguous_format)}
         self.statistics.bytes_out += self.algorithm.bytes_for(tensor.shape)
+        algorithm = self.algorithm.keyed(name, call)
+        if memory is not None:
+            if memory.rule.resets_at(call):
+                memory.memory.zero_()
+            memory.algorithm = algorithm
+        if isinstance(algorithm, PowerSGD):
+            return self._compress_from_last(algorithm, tensor, name, memory)
+        return algorithm.compress(tensor) if memory is None else memory.compress(tensor)
+
+    def decompress(self, payload: Payload, out: Tensor, name: str = "") -> Tensor:
+        """Fill the contiguous tensor ``out`` from a payload and return it; with EF21 the name says whose estimate."""
+        if _UNCOMPRESSED in payload:
+            return out.copy_(payload[_UNCOMPRESSED])
+        memory = self._memories.get(name)
+        if memory is not None and memory.rule.kind == "ef21":
+            return memory.receive(payload, out)
+        return self.algorithm.decompress(payload, out)
+
+    def _memory_for(self, name: str, tensor: Tensor) -> ErrorFeedback | None:
         if not self.error_feedback:
-            return self.algorithm.compress(tensor)
+            return None
         memory = self._memories.get(name)
         if memory is None:
-            memory = self._memories[name] = ErrorFeedback.for_tensor(self.algorithm, tensor)
+            memory = self._memories[name] = ErrorFeedback.for_tensor(self.algorithm, tensor, self._rule)
         if memory.memory.numel() != tensor.numel():
             raise ValueError(
                 f"the error memory named {name!r} holds {memory.memory.numel()} elements, but the tensor has "
                 f"{tensor.numel()}; give each tensor a name of its own"
             )
-        return memory.compress(tensor)
+        return memory
 
-    def decompress(self, payload: Payload, out: Tensor) -> Tensor:
-        """Fill the contiguous tensor ``out`` from a payload and return it."""
-        return self.algorithm.decompress(payload, out)
+    def _compress_from_last(
+        self, algorithm: PowerSGD, tensor: Tensor, name: str, memory: ErrorFeedback | None
+    ) -> Payload:
+        """A power iteration from where the last one of this name ended."""
+        if name not in self._starts:
+            first = algorithm.start(tensor.shape, tensor.device)
+            if first is not None:
+                self._starts[name] = first
+        start = self._starts.get(name)
+        if memory is None:
+            return algorithm.compress_from(tensor, start)
+        total = tensor + memory.memory.view(tensor.shape)
+        payload = algorithm.compress_from(total, start)
+        left = total - algorithm.decompress(payload, torch.empty_like(total))
+        if all_finite(left):
+            memory.memory.copy_(left.view(-1))
+        return payload
 
     def state_dict(self) -> dict[str, Any]:
-        """The error memories (tensors, by name) and the statistics (plain numbers)."""
+        """The error memories and PowerSGD's starts (tensors, by name), the calls by name and the statistics."""
         return {
             "memories": {name: feedback.memory for name, feedback in self._memories.items()},
+            "starts": dict(self._starts),
+            "calls": dict(self._calls),
             "statistics": asdict(self.statistics),
         }
 
@@ -122,7 +179,9 @@ class CompressionModule:
             if name in self._memories:
                 self._memories[name].memory.copy_(memory)
             else:
-                self._memories[name] = ErrorFeedback(self.algorithm, memory.clone())
+                self._memories[name] = ErrorFeedback(self.algorithm, memory.clone(), self._rule)
+        self._starts = {name: start.clone() for name, start in state["starts"].items()}
+        self._calls = dict(state["calls"])
         self.statistics = CompressionStatistics(**state["statistics"])
 
 
@@ -136,4 +195,7 @@ def initialize_module(config: CompressionConfig | Mapping[str, Any] | str) -> Co
         config = CompressionConfig(algorithm=config)
     elif not isinstance(config, CompressionConfig):
         config = CompressionConfig.model_validate(dict(config))
-    return CompressionModule(config.create(), error_feedback=config.error_feedback)
+    feedback = config.feedback()
+    return CompressionModule(
+        config.create(), error_feedback=False if feedback is None else feedback, warmup_steps=config.warmup_steps
+    )

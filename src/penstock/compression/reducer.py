@@ -1,6 +1,6 @@
 """Sums gradients over the data-parallel replicas while the backward pass still runs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,12 +8,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from penstock._core.meter import Meter
+from penstock._core.suggest import unknown_name
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
+from penstock.compression.algorithms.powersgd import PowerSGD
 from penstock.compression.buckets import DEFAULT_BUCKET_BYTES, Bucket, NamedParameter, make_buckets
-from penstock.compression.error_feedback import memory_dtype
+from penstock.compression.chunks import chunk_bounds
+from penstock.compression.error_feedback import CLASSIC, FeedbackRule, memory_dtype
 from penstock.compression.error_memory import ErrorMemory
-from penstock.compression.reduction import Reduction, make_reduction
+from penstock.compression.group import rank_in, ranks_of
+from penstock.compression.rechunk import rechunked
+from penstock.compression.reduction import Reduction, finish_all, make_reduction
+from penstock.compression.rules import ParameterRules
 from penstock.compression.same_start import check_same_start
 
 
@@ -21,8 +27,9 @@ class Reducer:
     """A :class:`~penstock._core.protocols.GradientExchange` that reduces buckets in one fixed order.
 
     A bucket starts when all its gradients are final *and* every earlier bucket has started: the order is that of the
-    list, the same on every rank, whatever order autograd takes. The second collective of a two-phase reduction
-    starts in :meth:`finish`, again in the list's order.
+    list, the same on every rank, whatever order autograd takes. When a bucket has started, every earlier one goes one
+    collective further: so second collectives run under the backward pass too, and their order is again the same on
+    every rank, which one by readiness would not be.
 
     The result is ``sum over replicas of weight * gradient``. The weight is applied before compression, so error
     memories are in units of the final gradient. A gradient that is None counts as zeros; a parameter that does not
@@ -33,7 +40,12 @@ class Reducer:
             weight in a set of its own, and sets whose gradients become final last at the end.
         group: The replicas; None is the default group.
         algorithm: None for no compression (then gradients are summed in their own dtype).
-        error_feedback: Keep what compression leaves out for the next step.
+        error_feedback: Keep what compression leaves out for the next step; a :class:`FeedbackRule` says how.
+        rules: Which parameters go in full precision, in buckets of their own; None compresses all.
+        masks: By parameter name, where a gradient may ever be (True), of the parameter's shape or one that broadcasts
+            to it, ``[rows, 1]`` for rows: elsewhere compression would make one of its scale, which is cut off.
+        inside: With a hierarchical exchange, the ranks of this machine, summed over in full precision; ``group`` is
+            then made of the ranks with this one's place on the other machines. Shards of the sum are compressed.
         bucket_bytes: Target size of a bucket.
         warmup_steps: Steps at the start that go uncompressed.
         meter: Counts bytes and waiting seconds.
@@ -48,31 +60,53 @@ class Reducer:
         *,
         group: dist.ProcessGroup | None = None,
         algorithm: CompressionAlgorithm | None = None,
-        error_feedback: bool = True,
+        error_feedback: bool | FeedbackRule = True,
+        rules: ParameterRules | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        inside: dist.ProcessGroup | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         warmup_steps: int = 0,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
     ) -> None:
+        if isinstance(algorithm, PowerSGD) and not error_feedback:
+            raise ValueError(
+                "powersgd without error feedback loses all but a few directions for good; set error_feedback: true"
+            )
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
         self._warmup_steps = warmup_steps if algorithm is not None else 0
         self._step = 0
         # A compressor works on float32 whatever the parameters are; without one nothing is gained by widening.
         flat_dtype = memory_dtype if algorithm is not None and not algorithm.lossless else _same
-        buckets = make_buckets(parameter_sets, bucket_bytes=bucket_bytes, flat_dtype=flat_dtype)
+        make_buckets(parameter_sets)  # refuses what is listed twice
+        planned: list[tuple[Bucket, CompressionAlgorithm | None]] = []
+        for named in parameter_sets:
+            full = [pair for pair in named if rules is not None and not rules.compresses(*pair)]
+            rest = [pair for pair in named if rules is None or rules.compresses(*pair)]
+            planned += [
+                (bucket, algorithm) for bucket in make_buckets([rest], bucket_bytes=bucket_bytes, flat_dtype=flat_dtype)
+            ]
+            planned += [(bucket, None) for bucket in make_buckets([full], bucket_bytes=bucket_bytes)]
+        known = {name for named in parameter_sets for name, _ in named}
+        for name in masks or {}:
+            if name not in known:
+                raise ValueError(unknown_name("parameter in masks:", name, known))
+        self._replicas = ranks_of(group) * (1 if inside is None else ranks_of(inside))
         self._slots = [
             _Slot(
                 bucket,
-                algorithm,
+                chosen,
                 group,
                 key=index,
-                error_feedback=error_feedback,
+                feedback=error_feedback,
+                masks=masks or {},
+                inside=inside,
                 uncompressed_first=self._warmup_steps > 0,
                 meter=meter,
                 watcher=watcher,
             )
-            for index, bucket in enumerate(buckets)
+            for index, (bucket, chosen) in enumerate(planned)
         ]
         self._slot_of = {p: slot for slot in self._slots for p in slot.bucket.parameters}
         self._armed: set[nn.Parameter] = set()
@@ -133,10 +167,8 @@ class Reducer:
         while self._started < len(self._slots):
             self._start_next()
         compressed = self._step >= self._warmup_steps
+        finish_all(slot.reduction(compressed) for slot in self._slots)
         for slot in self._slots:
-            slot.reduction(compressed).advance()
-        for slot in self._slots:
-            slot.reduction(compressed).wait()
             slot.write_back()
         self._step += 1
         self._armed.clear()
@@ -173,6 +205,31 @@ class Reducer:
                 memory.copy_(theirs[name])
             else:
                 memory.zero_()
+
+    def load_debts(self, states: Sequence[Mapping[str, Any]]) -> bool:
+        """Take over what another number of replicas owed: the sum of all memories stays what it was.
+
+        Args:
+            states: What :meth:`state_dict` gave on each of the old replicas, in rank order.
+
+        Returns:
+            Whether the memories belong to this model and bucket size; if not, they start from zero.
+        """
+        mine = self._memories()
+        starts = {f"bucket_{index:03d}": slot.chunk_start for index, slot in enumerate(self._slots)}
+        memories = [{name: value for name, value in state.items() if name != "step"} for state in states]
+        found = rechunked(memories, mine, starts)
+        fits = found.keys() == mine.keys() and all(found[name].shape == mine[name].shape for name in mine)
+        self._step = int(states[0]["step"])
+        for name, memory in mine.items():
+            if not fits:
+                memory.zero_()
+            elif name.endswith(".worker"):
+                # What is owed here is a sum of the replicas' memories, not their mean.
+                memory.copy_(found[name] * (len(states) / self._replicas))
+            else:
+                memory.copy_(found[name])
+        return fits
 
     def close(self) -> None:
         """Remove the hooks from the parameters."""
@@ -222,7 +279,10 @@ class Reducer:
         slot = self._slots[self._started]
         self._started += 1
         slot.fill(self._weight)
-        slot.reduction(self._step >= self._warmup_steps).start(self._step)
+        compressed = self._step >= self._warmup_steps
+        slot.reduction(compressed).start(self._step)
+        for earlier in self._slots[: self._started - 1]:
+            earlier.reduction(compressed).advance()
 
 
 class _Slot:
@@ -235,7 +295,9 @@ class _Slot:
         group: dist.ProcessGroup | None,
         *,
         key: int,
-        error_feedback: bool,
+        feedback: bool | FeedbackRule,
+        masks: Mapping[str, Tensor],
+        inside: dist.ProcessGroup | None,
         uncompressed_first: bool,
         meter: Meter | None,
         watcher: Watcher | None,
@@ -246,21 +308,31 @@ class _Slot:
         self._views = bucket.views(self._flat)
         self._gaps = bucket.gaps(self._flat)
         self.memory: ErrorMemory | None = None
-        if error_feedback and algorithm is not None and not algorithm.lossless:
-            self.memory = ErrorMemory.for_tensor(self._flat, group, algorithm=algorithm, parts=bucket.parts)
+        if feedback and algorithm is not None and not algorithm.lossless:
+            self.memory = ErrorMemory.for_tensor(
+                self._flat,
+                group,
+                algorithm=algorithm,
+                rule=feedback if isinstance(feedback, FeedbackRule) else CLASSIC,
+                parts=bucket.parts,
+                inside=inside,
+            )
+        self.chunk_start = chunk_bounds(bucket.numel, ranks_of(group))[rank_in(group)][0]
+        self._mask = _flat_mask(bucket, masks) if algorithm is not None else None
         self._compressed = make_reduction(
             self._flat,
             algorithm,
             group,
             memory=self.memory,
             parts=bucket.parts,
+            inside=inside,
             key=key,
             meter=meter,
             watcher=watcher,
         )
         self._plain: Reduction | None = None
         if uncompressed_first:
-            self._plain = make_reduction(self._flat, None, group, meter=meter, watcher=watcher)
+            self._plain = make_reduction(self._flat, None, group, inside=inside, meter=meter, watcher=watcher)
 
     def reduction(self, compressed: bool) -> Reduction:
         if compressed or self._plain is None:
@@ -281,6 +353,12 @@ class _Slot:
 
     @torch.no_grad()
     def write_back(self) -> None:
+        if self._mask is not None:
+            self._flat.mul_(self._mask)
+            if self.memory is not None and self.memory.worker.numel() == self._mask.numel():
+                self.memory.worker.mul_(self._mask)
+                stop = self.chunk_start + self.memory.server.numel()
+                self.memory.server.mul_(self._mask[self.chunk_start : stop])
         for parameter, view in zip(self.bucket.parameters, self._views, strict=True):
             if not parameter.requires_grad:
                 continue
@@ -291,3 +369,21 @@ class _Slot:
 
 def _same(dtype: torch.dtype) -> torch.dtype:
     return dtype
+
+
+def _flat_mask(bucket: Bucket, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """The masks of a bucket's parameters, ``[numel]``, 1 where there is none; None if no parameter has one."""
+    if not any(name in masks for name in bucket.names):
+        return None
+    flat = bucket.new_flat().fill_(1)
+    for name, parameter, view in zip(bucket.names, bucket.parameters, bucket.views(flat), strict=True):
+        if name not in masks:
+            continue
+        try:
+            view.copy_(masks[name].expand_as(parameter))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the mask of {name} has shape {tuple(masks[name].shape)}, which does not broadcast to the parameter's "
+                f"{tuple(parameter.shape)}; give one of its shape, or [rows, 1]"
+            ) from error
+    return flat

@@ -16,7 +16,7 @@ any other                                       two phases: all-to-all of chunks
 ==============================================  =========================================================
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -40,7 +40,7 @@ from penstock.compression.reductions import (
     Wires,
 )
 
-__all__ = ["LocalReduction", "Reduction", "make_reduction"]
+__all__ = ["LocalReduction", "Reduction", "finish_all", "make_reduction"]
 
 
 def make_reduction(
@@ -106,3 +106,10 @@ def make_reduction(
         pieces = parts if algorithm.shaped else [Part(0, (tensor.numel(),))]
         return GatherReduction(tensor, algorithm, wires, parts=pieces, memory=memory, factor=factor, key=key)
     return TwoPhaseReduction(tensor, algorithm, wires, memory=memory, factor=factor, key=key)
+
+
+def finish_all(reductions: Iterable[Reduction]) -> None:
+    """Take reductions that have started to their ends, in turn: each waits while the collectives of the others run."""
+    going = list(reductions)
+    while going:
+        going = [reduction for reduction in going if reduction.advance()]

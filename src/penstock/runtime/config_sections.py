@@ -6,6 +6,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from penstock._core.suggest import unknown_name
+from penstock.compression.error_feedback import FeedbackRule
 from penstock.compression.registry import create_compression_algorithm
 from penstock.models.gpt_config import GPTConfig, PositionKind
 from penstock.pipe.schedule import SCHEDULES, load_schedule
@@ -244,22 +245,54 @@ class CompressionSection(Section):
     Attributes:
         algorithm: ``none``, ``fp16``, ``bf16``, ``fp8``, ``int8``, ``int4``, ``int2``, ``onebit``, ``topk``,
             ``topk_int2``, ``randomk``, ``dct_topk``, ``powersgd``, or a name that you registered.
-        error_feedback: Whether what compression loses is added to the next gradient.
+        error_feedback: Whether what compression loses is added to the next gradient; ``ef21`` sends differences from an
+            estimate that both ends keep instead.
+        error_decay: Share of the old error that the memory keeps in a moving average, in ``[0, 1)``; 0 is exact.
+        error_reset_every: Empty the error memory every so many steps; 0 for never.
+        full_precision: Patterns of parameter names that go uncompressed, for example ``["*embed*"]``.
+        min_dimensions: Parameters with fewer axes go uncompressed: 2 leaves out norms and biases.
+        replicas_per_machine: Replicas that share a machine (neighbours in rank order): summed there in full precision,
+            compressed between machines. 1 treats all alike.
         warmup_steps: Steps exchanged uncompressed first.
         bucket_mb: Size of a bucket in MiB of gradients.
         options: Passed to the algorithm's configuration, for example ``{block_size: 4096}``.
     """
 
     algorithm: str = "none"
-    error_feedback: bool = True
+    error_feedback: bool | Literal["ef21"] = True
+    error_decay: float = Field(default=0.0, ge=0, lt=1)
+    error_reset_every: int = Field(default=0, ge=0)
+    full_precision: list[str] = Field(default_factory=list)
+    min_dimensions: int = Field(default=0, ge=0)
+    replicas_per_machine: int = Field(default=1, ge=1)
     warmup_steps: int = Field(default=0, ge=0)
     bucket_mb: float = Field(default=25.0, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_algorithm(self) -> Self:
-        create_compression_algorithm(self.algorithm, self.options)
+        algorithm = create_compression_algorithm(self.algorithm, self.options)
+        if self.error_feedback and not algorithm.lossless:
+            algorithm.check_feedback()
+        if not self.error_feedback and algorithm.name == "powersgd":
+            raise ValueError(
+                "compression.algorithm=powersgd without error feedback loses all but a few directions for good; set "
+                "compression.error_feedback: true"
+            )
+        if self.replicas_per_machine > 1 and algorithm.shaped:
+            raise ValueError(
+                f"compression.algorithm={self.algorithm} compresses whole matrices, but replicas_per_machine="
+                f"{self.replicas_per_machine} cuts them into shards; take another algorithm, or replicas_per_machine: 1"
+            )
+        self.feedback()
         return self
+
+    def feedback(self) -> bool | FeedbackRule:
+        """What the reducer takes for ``error_feedback``."""
+        if not self.error_feedback:
+            return False
+        kind: Literal["classic", "ef21"] = "ef21" if self.error_feedback == "ef21" else "classic"
+        return FeedbackRule(kind, decay=self.error_decay, reset_every=self.error_reset_every)
 
 
 class ScheduleSection(Section):

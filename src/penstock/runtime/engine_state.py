@@ -259,6 +259,8 @@ def _load_debts(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, Any]) 
     if isinstance(parts.optimizer, OwnsExchange):
         parts.optimizer.load_error_states([owned[_OPTIMIZER] for owned in states])
         return True
+    if isinstance(parts.exchange, Reducer) and all("step" in owned[_EXCHANGE] for owned in states):
+        return parts.exchange.load_debts([owned[_EXCHANGE] for owned in states])
     local_replicas.load_rank_states(parts, [owned[_LOCAL] for owned in states])
     return parts.local_updates is not None
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange, OwnsExchange
 from penstock._core.waiting import Watcher
-from penstock.compression import LocalGradients, Reducer, create_compression_algorithm
+from penstock.compression import LocalGradients, ParameterRules, Reducer, create_compression_algorithm, machine_groups
 from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
@@ -232,12 +232,21 @@ def _exchange(
     algorithm = None
     if section.algorithm != "none":
         algorithm = create_compression_algorithm(section.algorithm, section.options)
+    group, inside = groups.replicas, None
+    if section.replicas_per_machine > 1:
+        inside, group = machine_groups(
+            groups.topology.get_axis_comm_lists("data"),
+            section.replicas_per_machine,
+            backend="nccl" if groups.device.type == "cuda" else "gloo",
+        )
     return Reducer(
         # A bucket of its own for each shared weight: its other owners have other neighbours for it.
         [shared.own, *([pair] for pair in shared.shared)],
-        group=groups.replicas,
+        group=group,
+        inside=inside,
         algorithm=algorithm,
-        error_feedback=section.error_feedback,
+        error_feedback=section.feedback(),
+        rules=ParameterRules(tuple(section.full_precision), section.min_dimensions),
         bucket_bytes=int(section.bucket_mb * 2**20),
         warmup_steps=section.warmup_steps,
         meter=meter,

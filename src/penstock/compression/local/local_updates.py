@@ -26,7 +26,7 @@ from penstock.compression.group import ranks_of
 from penstock.compression.local._anchored import AnchoredBucket
 from penstock.compression.local.fragment_schedule import FragmentSchedule
 from penstock.compression.local.outer_step import OuterStep
-from penstock.compression.optim._rechunk import rechunked
+from penstock.compression.rechunk import rechunked
 from penstock.compression.registry import create_compression_algorithm
 from penstock.compression.same_start import check_same_start
 

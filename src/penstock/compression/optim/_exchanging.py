@@ -15,7 +15,7 @@ from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import make_buckets
 from penstock.compression.error_feedback import memory_dtype
 from penstock.compression.optim._bucket import MASTER, FlatBucket
-from penstock.compression.optim._rechunk import rechunked
+from penstock.compression.rechunk import rechunked
 from penstock.compression.registry import create_compression_algorithm
 from penstock.compression.same_start import check_same_start
 
