@@ -190,7 +190,19 @@ def test_an_error_says_where_it_happened() -> None:
     engine, _ = make(plain([LayerSpec(nn.Linear, 2, 2), LayerSpec(nn.Linear, 3, 3)]), 1)
     with pytest.raises(RuntimeError) as caught:
         engine.train_step([MicroBatch(torch.ones(1, 2), torch.ones(1), 6)], step=4)
-    assert caught.value.__notes__ == ["(penstock: rank 0, step 4, stage 0, F, micro-batch 6)"]
+    assert caught.value.__notes__ == [
+        "(penstock: in layer_001, Linear)",
+        "(penstock: rank 0, step 4, stage 0, F, micro-batch 6)",
+    ]
+
+
+def test_a_stage_that_changes_its_input_in_place_is_told_what_to_do() -> None:
+    module = PipelineModule([nn.Linear(2, 2), nn.ReLU(inplace=True)], num_stages=2, partition_method="uniform")
+    engine, _ = make(module, 1, num_stages=2, loss_fn=lambda x, y: x.sum())
+    with pytest.raises(RuntimeError) as caught:
+        engine.train_step([MicroBatch(torch.ones(1, 2), None, 0)], step=0)
+    assert "in layer_001, ReLU" in caught.value.__notes__[0]
+    assert "must not change its input in place" in caught.value.__notes__[1]
 
 
 @pytest.mark.parametrize("given", [0, 1, 3])

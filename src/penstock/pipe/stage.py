@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from penstock._core.batch_key import BatchKey, entered
-from penstock.pipe.layer_spec import layer_name
+from penstock._core.batch_key import BatchKey, current_batch_key, entered
+from penstock.pipe.layer_spec import callable_name, layer_name
 from penstock.pipe.recompute import checkpointed, is_recomputing
 from penstock.pipe.ties import Tie
 from penstock.pipe.value import flatten, map_tensors
+
+_LEAF_IN_PLACE = "leaf Variable that requires grad"  # what torch says of an input that another stage sent
 
 
 class FunctionLayer(nn.Module):
@@ -214,16 +216,22 @@ class Stage(nn.Module):
 
     def _run_layers(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
         layers = islice(self.layers.values(), start - self.start, stop - self.start)
-        if key is None:
-            for layer in layers:
-                value = layer(value)
-            return value
         device = self.device if self.training else None
-        with entered(key):
-            for index, layer in enumerate(layers, start):
-                if device is not None:
-                    key.seed_layer(index, device)
-                value = layer(value)
+        index = start
+        with entered(key or current_batch_key()):
+            try:
+                for index, layer in enumerate(layers, start):
+                    if key is not None and device is not None:
+                        key.seed_layer(index, device)
+                    value = layer(value)
+            except Exception as error:
+                error.add_note(f"(penstock: in {layer_name(index)}, {callable_name(self._canonical[index])})")
+                if _LEAF_IN_PLACE in str(error):
+                    error.add_note(
+                        "(penstock: the first layer of a stage must not change its input in place; let it compute a "
+                        "new tensor, or put the layer before it on the same stage)"
+                    )
+                raise
         return value
 
     def _checkpointed(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
