@@ -278,3 +278,22 @@ def test_split_backward_passes_give_the_same_gradients(num_stages: int, interval
     assert parts.whole_reasons == dict.fromkeys(range(num_stages), ())
     # PlainExchange proves that each parameter was declared final once; most are while others are still computed.
     assert [count for call, count in exchange.calls if call == "arm"].count(2) >= 10
+
+
+class Twice(nn.Module):
+    """A layer whose parameters' gradients cannot wait: both uses hang on them directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.tanh(self.norm(x)))
+
+
+def test_gradients_that_did_not_wait_are_declared_final_too() -> None:
+    module = PipelineModule([LayerSpec(nn.Linear, 2, 2), LayerSpec(Twice)], num_stages=1, loss_fn=lambda x, y: x.std())
+    engine, exchange = make(module, 2, loss_fn=module.loss_fn, schedule=split_on_one_rank(1, 2))
+    engine.train_step([MicroBatch(torch.randn(3, 2), None, index) for index in range(2)], step=0)
+    assert exchange.calls[-3:-1] == [("ready", 2), ("ready", 0)]  # the norm's; then the tied ones, of which none are
+    assert engine.whole_reasons[0]
