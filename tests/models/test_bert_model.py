@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import penstock
 from penstock._core.batch_key import BatchKey, entered
 from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, convert_to_random_ltd
 from penstock.models import (
@@ -191,3 +192,30 @@ def test_mistakes_are_named(call, message):
 
 def _shape():
     return {"vocab_size": 50, "num_layers": 3, "hidden_size": 16, "num_heads": 4, "context_length": 12}
+
+
+def test_a_run_on_dicts_with_dropped_tokens_counts_the_flops_of_every_product():
+    def batches():
+        inputs, labels = mask_tokens(IDS, key=1, positions=(5, 90, 17), vocab_size=50, mask_id=49)
+        while True:
+            yield {"input_ids": inputs, "attention_mask": MASK}, labels
+
+    config = {
+        "train": {"global_batch_size": 3, "micro_batch_size": 3, "steps": 4},
+        "data": {"sequence_length": 12},
+        "random_ltd": {"min_tokens": 4, "steps": 4, "seq_per_step": 4, "protect_tokens": [7]},
+        "optimizer": {"lr": 1e-2},
+    }
+    model = PipelineModule(bert_layers(CONFIG), loss_fn=bert_loss)
+    with penstock.initialize(model, config) as engine:
+        data = batches()
+        losses = [engine.train_batch(data) for _ in range(4)]
+        ledger = engine.ledger
+    assert losses[-1] < losses[0]
+    tokens = 3 * 12
+    plain = 3 * bert_layer_flops(CONFIG, tokens, 12) + 2 * 16 * 16 * tokens + 2 * 16 * 50 * tokens
+    assert ledger.plain["flops"] == 4 * 3 * plain
+    # The middle block keeps 4, 4, 8 and 8 of 12 tokens.
+    full = bert_layer_flops(CONFIG, tokens, 12)
+    dropped = sum(full - bert_layer_flops(CONFIG, 3 * kept, kept) for kept in (4, 4, 8, 8))
+    assert ledger.plain["flops"] - ledger.spent["flops"] == 3 * dropped

@@ -68,3 +68,17 @@ def test_protected_tokens_and_no_engine():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(step(compiled, layers, None, protected_tokens=PROTECTED)[0], results[0][0])
     assert bool((results[0][0] != HIDDEN).any(-1)[PROTECTED].all())
+
+
+def test_a_layer_called_twice_chooses_twice():
+    """Equal calls of an operator in one graph are merged, unless something tells them apart."""
+    torch._dynamo.reset()
+    layer = RandomLayerTokenDrop(blocks(route=False)[0].random_ltd_layer, reserved_length=6)
+    twice = nn.Sequential(layer, layer)
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (twice, compiled):
+        torch.manual_seed(3)
+        results.append(step(call, layer, None))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

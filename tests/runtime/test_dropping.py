@@ -135,12 +135,16 @@ ROUTE = {
 }
 
 
-@pytest.mark.parametrize(("stages", "interval"), [(2, 0), (2, 1), (4, 0), (4, 2)])
-def test_a_route_across_stages_is_the_route_of_one_process(pool: WorkerPool, stages: int, interval: int) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "stages", "interval"), [("1f1b", 2, 1), ("1f1b", 4, 2), ("zb_h1", 2, 0), ("zb_h1", 4, 0)]
+)
+def test_a_route_across_stages_is_the_route_of_one_process(
+    pool: WorkerPool, schedule: str, stages: int, interval: int
+) -> None:
     losses, gradients, _ = train(config(steps=8, random_ltd=ROUTE), 4)
     plain, _, _ = train(config(steps=8, dropping=False), 4)
     assert losses[0] != plain[0]
-    settings = config(steps=8, random_ltd=ROUTE, stages=stages)
+    settings = config(steps=8, random_ltd=ROUTE, stages=stages, schedule=schedule)
     settings["pipe"]["activation_checkpoint_interval"] = interval
     for rank_losses, rank_gradients, _ in pool.run(job, stages, settings, 4, deadline_s=60):
         assert rank_losses == pytest.approx(losses, rel=1e-10)

@@ -37,7 +37,7 @@ def bert_layer_flops(config: BERTConfig, tokens: int, seq_len: int) -> int:
     return 2 * matmul_parameters * tokens + 4 * width * seq_len * tokens
 
 
-def gpt_head_flops(config: GPTConfig, tokens: int) -> int:
+def gpt_head_flops(config: GPTConfig | BERTConfig, tokens: int) -> int:
     """Forward FLOPs of the output layer."""
     return 2 * config.vocab_size * config.hidden_size * tokens
 

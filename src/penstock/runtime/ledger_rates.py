@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from penstock._core.meter import Meter
-from penstock.models.bert_modules import BERTBlock
+from penstock.models.bert_config import BERTConfig
+from penstock.models.bert_modules import BERTBlock, BERTTransform
 from penstock.models.flops import bert_layer_flops, gpt_head_flops, gpt_layer_flops
 from penstock.models.gpt import GPTConfig
 from penstock.models.gpt_modules import GPTBlock, OutputHead, tied_logits
@@ -105,12 +106,15 @@ def _flops(spec: object) -> LayerFlops | None:
     """The formula of a reference layer; None for any other."""
     if not isinstance(spec, LayerSpec) or not spec.module_args:
         return None
-    if spec.typename is BERTBlock:
-        return partial(bert_layer_flops, spec.module_args[0])
-    if not isinstance(spec.module_args[0], GPTConfig):
-        return None
     config = spec.module_args[0]
-    if spec.typename is GPTBlock:
+    if not isinstance(config, GPTConfig | BERTConfig):
+        return None
+    if isinstance(config, BERTConfig):
+        if spec.typename is BERTBlock:
+            return partial(bert_layer_flops, config)
+        if spec.typename is BERTTransform:
+            return lambda tokens, _: 2 * config.hidden_size**2 * tokens
+    elif spec.typename is GPTBlock:
         return partial(gpt_layer_flops, config)
     if spec.typename is OutputHead or (isinstance(spec, TiedLayerSpec) and spec.forward_fn is tied_logits):
         return lambda tokens, _: gpt_head_flops(config, tokens)

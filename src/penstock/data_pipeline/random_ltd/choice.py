@@ -33,6 +33,7 @@ def draw_tokens(
     *,
     protected_BS: Tensor | None = None,
     weights_BS: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Draw the tokens that one call of a layer keeps.
 
@@ -44,6 +45,8 @@ def draw_tokens(
         device: Where the indices are to lie.
         protected_BS: bool ``[B or 1, S]``; True is kept.
         weights_BS: Floats ``[B or 1, S]``, finite and not negative; 0 is never kept.
+        hidden: The hidden states that the choice is for. In a compiled graph they keep two choices apart that are alike
+            in everything else.
 
     Returns:
         int32 ``[B, K]``, increasing along each row.
@@ -53,9 +56,10 @@ def draw_tokens(
             (On a GPU the rows are checked by an assertion on the device, which does not wait.)
     """
     if torch.compiler.is_compiling():
-        drawn: Tensor = _draw_op(layer_id, rows, length, kept, device, protected_BS, weights_BS)
+        beside = None if hidden is None else hidden.detach()
+        drawn: Tensor = _draw_op(layer_id, rows, length, kept, device, protected_BS, weights_BS, beside)
         return drawn
-    return _draw(layer_id, rows, length, kept, device, protected_BS, weights_BS)
+    return _draw(layer_id, rows, length, kept, device, protected_BS, weights_BS, None)
 
 
 def _draw(
@@ -66,6 +70,7 @@ def _draw(
     device: torch.device,
     protected_BS: Tensor | None,
     weights_BS: Tensor | None,
+    hidden: Tensor | None,
 ) -> Tensor:
     key, positions = _key_and_positions(rows)
     if protected_BS is None and weights_BS is None:
@@ -92,8 +97,9 @@ def _draw(
     return order.topk(kept, dim=1, largest=False).indices.sort(dim=1).values.to(torch.int32)
 
 
-# A graph must ask for the key when it runs, not when it is traced; as an operator that draws random numbers the choice
-# is neither merged with an equal one nor made a second time in the backward pass.
+# A graph must ask for the key when it runs, not when it is traced. As an operator that draws random numbers the choice
+# is not made a second time in the backward pass; that two equal calls are not merged takes the hidden states, since
+# torch spares from merging only the random operators that it knows.
 _draw_op = torch.library.custom_op(
     "penstock::draw_kept_tokens",
     _draw,
@@ -111,6 +117,7 @@ def _(
     device: torch.device,
     protected_BS: Tensor | None,
     weights_BS: Tensor | None,
+    hidden: Tensor | None,
 ) -> Tensor:
     return torch.empty((rows, kept), dtype=torch.int32, device=device)
 

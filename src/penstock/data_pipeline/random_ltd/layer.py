@@ -101,7 +101,7 @@ class RandomLayerTokenDrop(nn.Module):
             output = self._call_whole(hidden, args, kwargs)
             return output if self.route is None else send(output, Route())
         indices = draw_tokens(
-            self.layer_id, rows, length, kept, hidden.device, protected_BS=protected, weights_BS=weights
+            self.layer_id, rows, length, kept, hidden.device, protected_BS=protected, weights_BS=weights, hidden=hidden
         )
         passed, kept_hidden = drop_tokens(hidden, indices, self.batch_first)
         output = self._call_kept(kept_hidden, indices, length, args, kwargs)
