@@ -78,6 +78,9 @@ def test_batches_of_growing_size_and_length_read_what_they_say() -> None:
     sizes = job(0, 1, settings(SIZES), False, None, False, 6)
     # 8 samples of 24 tokens until 400 are consumed, then 12 until 900, then 16.
     assert [samples for _, _, samples, _ in sizes] == [8, 16, 24, 36, 48, 64]
+    unscaled = job(0, 1, settings({**SIZES, "lr_scaling": "none"}), False, None, False, 6)
+    ratios = [scaled[1] / plain[1] for scaled, plain in zip(sizes, unscaled, strict=True)]
+    assert ratios == pytest.approx([1, 1, 1, 1.5, 1.5, 2])
     truncated = job(0, 1, settings(TRUNCATE), False, None, False, 5)
     assert [tokens for *_, tokens in truncated] == [48, 96, 192, 288, 480]
     reshaped = job(0, 1, settings(RESHAPE), False, None, False, 5)

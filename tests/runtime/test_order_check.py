@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import penstock
 from penstock.cli.main import app
+from penstock.data_pipeline.data_sampling import IndexedDatasetBuilder
 from penstock.runtime.order_check import verify_run
 
 
@@ -116,3 +117,38 @@ def test_mistakes_are_named(config: dict[str, Any], tmp_path: Path) -> None:
         result = order(*arguments)
         assert result.exit_code == 2
         assert message.replace("\\", "") in result.stderr.replace("\n", " ")
+
+
+def test_a_paced_run_keeps_its_births_and_proves_what_it_read(config: dict[str, Any]) -> None:
+    config["sampling"]["curriculum"]["pacing"] = {"every": 2}
+    checkpoints = Path(config["output"]) / "checkpoints"
+    difficulties = []
+    for start, losses in ((0, {2: 3.0, 4: 3.0}), (5, {6: 3.0, 8: 3.0})):
+        with penstock.initialize(Rows(), config, loss_fn=loss) as engine:
+            if start:
+                engine.load_checkpoint(checkpoints)
+            for step in range(start + 1, start + 6):
+                engine.train_batch()
+                assert engine.last is not None
+                difficulties.append(engine.last.difficulty["m"])
+                if step in losses:
+                    # The second of two equal losses lets the next samples in, two steps later.
+                    assert engine.report_validation(losses[step]) == (step in (4, 8))
+            engine.save_checkpoint(checkpoints)
+    assert difficulties == [3] * 6 + [6] * 4
+    (Path(config["output"]) / "config.json").write_text(json.dumps(config))
+    assert [account.proved for account in verify_run(Path(config["output"]))] == [True, True]
+    printed = order(config["output"], "--from", 40, "--to", 48).stdout.splitlines()[1:]
+    assert {int(line.split("\t")[2]) % 10 for line in printed} & {7, 8, 9}
+
+
+def test_pacing_without_a_heldout_loss_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    with IndexedDatasetBuilder(tmp_path / "corpus", np.uint16) as builder:
+        builder.add_document(np.arange(41 * 8) % 50)
+    config["data"] = {"train": str(tmp_path / "corpus"), "sequence_length": 8}
+    config["model"] = {"vocab_size": 50, "num_layers": 1, "hidden_size": 8, "num_heads": 2}
+    config["sampling"]["curriculum"]["pacing"] = {"every": 2}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml")])
+    assert result.exit_code == 2
+    assert "waits for the held-out loss" in result.stderr.replace("\n", " ")

@@ -88,6 +88,7 @@ def test_the_length_of_a_loader_is_that_of_the_run() -> None:
     again = DataSampler(range(10), {"batch_size": 4, "epochs": 2})
     resumed = iter(again)
     resumed.load_state_dict(state)  # type: ignore[attr-defined]
+    assert again.consumed == 16
     assert list(resumed) == list(iterator)
     with pytest.raises(ValueError, match="not the state of an iteration"):
         resumed.load_state_dict({})  # type: ignore[attr-defined]

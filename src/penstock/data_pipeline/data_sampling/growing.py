@@ -156,7 +156,7 @@ class GrowingOrder:
                 if until is not None:
                     length = min(length, until - k)
                 if self._grid is not None:
-                    length = min(length, self._grid - k % self._grid)
+                    length = min(length, self._grid)  # births and so these segments begin on the grid
                 shares = apportion(unseen, length)
                 yield k, self._mixed(k, length, blocks, shares)
                 for drawn, share in zip(blocks, shares, strict=True):

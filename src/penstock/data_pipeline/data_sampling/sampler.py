@@ -18,7 +18,7 @@ from penstock.data_pipeline.data_sampling.strategies import Strategy, build_stra
 from penstock.data_pipeline.data_sampling.transforms import build_transforms
 from penstock.data_pipeline.datasets.open import open_dataset
 
-_CHUNK: Final = 2048
+_CHUNK: Final = 1536
 _STATE_VERSION: Final = 2
 
 
