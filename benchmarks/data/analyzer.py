@@ -211,7 +211,8 @@ def report(runs: dict[str, list[dict[str, Any]]], scale: list[dict[str, Any]]) -
         lines.append(f"| {label} | {shown(rates[name])} | {factor} | {startup:.1f} | {found[0]['files']} |")
     if len(runs) == 1:
         lines += ["", "DeepSpeed is not installed here: give an interpreter that has it with `--peer`."]
-    lines += ["", "Penstock alone:", "", "| M tokens | M tokens/s | private memory, MB |", "|---|---|---|"]
+    if scale:
+        lines += ["", "Penstock alone:", "", "| M tokens | M tokens/s | private memory, MB |", "|---|---|---|"]
     for row in scale:
         rate = shown([run["tokens_per_s"] / 1e6 for run in row["runs"]])
         lines.append(f"| {row['million_tokens']:,} | {rate} | {shown([run['memory_mb'] for run in row['runs']], 0)} |")
