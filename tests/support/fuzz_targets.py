@@ -4,6 +4,8 @@ Damaged or malicious files may be refused with ``ValueError`` (of which ``Corrup
 else, and reading them may take memory in proportion to their size only.
 """
 
+import atexit
+import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ _MEMORY_PER_BYTE: Final = 400
 
 _shared = Path("/dev/shm")
 _place = Path(tempfile.mkdtemp(prefix="penstock-fuzz.", dir=_shared if _shared.is_dir() else None))
+atexit.register(shutil.rmtree, _place, ignore_errors=True)
 
 
 @contextmanager
