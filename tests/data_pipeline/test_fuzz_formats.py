@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -107,5 +108,6 @@ def test_a_short_guided_run(tmp_path: Path) -> None:
         text=True,
         timeout=110,
         cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # libFuzzer leaves without cleaning up
     )
     assert done.returncode == 0, done.stderr[-3000:]

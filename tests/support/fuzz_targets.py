@@ -5,6 +5,7 @@ else, and reading them may take memory in proportion to their size only.
 """
 
 import atexit
+import os
 import shutil
 import tempfile
 import tracemalloc
@@ -27,7 +28,9 @@ _MEMORY: Final = 4 << 20
 _MEMORY_PER_BYTE: Final = 400
 
 _shared = Path("/dev/shm")
-_place = Path(tempfile.mkdtemp(prefix="penstock-fuzz.", dir=_shared if _shared.is_dir() else None))
+_place = Path(
+    tempfile.mkdtemp(prefix="penstock-fuzz.", dir=_shared if _shared.is_dir() and "TMPDIR" not in os.environ else None)
+)
 atexit.register(shutil.rmtree, _place, ignore_errors=True)
 
 
