@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import penstock.compression
 from penstock.cli.main import app
 from penstock.compression import create_compression_algorithm, tool
 from penstock.compression.archive import read_compressed, write_compressed
+from penstock.compression.tensor_file import TensorFile, TensorFileWriter
 from penstock.compression.tool import app_function, main, measure, parse_option
 
 
@@ -261,3 +263,68 @@ def test_the_module_runs_as_a_program(model_file: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "onebit" in done.stdout
     assert done.stderr == ""
+
+
+def test_the_table_says_how_much_arrives_and_the_picture_is_drawn(tmp_path: Path, model_file: Path) -> None:
+    picture = tmp_path / "algorithms.svg"
+    output = io.StringIO()
+    console = Console(width=200, file=output)
+    assert app_function(model_file, algorithms=["topk", "onebit", "powersgd"], picture=picture, console=console) == 0
+    text = output.getvalue()
+    assert "contraction" in text
+    assert "guaranteed" in text
+    assert "0.016" in text  # topk: 64 of 4096, whatever the values
+    assert "algorithms.svg: error against ratio" in text
+    assert "onebit" in picture.read_text()
+    with pytest.raises(ValueError, match="there is such a file already"):
+        app_function(model_file, picture=picture, console=console)
+    with pytest.raises(ValueError, match="leave out --algorithm, --option and --plot"):
+        app_function(model_file, decompress=True, output=tmp_path / "x", picture=picture, console=console)
+
+
+def test_contraction_is_what_is_left_of_the_energy() -> None:
+    x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    powersgd = create_compression_algorithm("powersgd", {"rank": 40})
+    found = measure([x, torch.arange(3)], powersgd)  # a matrix stays a matrix; no rank below 22 would be smaller
+    assert (found.relative_error, found.contraction, found.ratio) == (0.0, 1.0, 1.0)
+    onebit = measure([x], create_compression_algorithm("onebit"))
+    left = 1 - sum(float(part.abs().sum()) ** 2 / part.numel() for part in x.view(-1).split(1024)) / float(
+        (x * x).sum()
+    )
+    assert onebit.contraction == pytest.approx(1 - left, rel=1e-4)
+    assert onebit.guarantee == pytest.approx(1 / 1024, rel=1e-4)
+    assert measure([x], create_compression_algorithm("fp16")).guarantee is None
+
+
+def test_a_file_written_tensor_by_tensor_is_one_that_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "wide": torch.randn(3, 5, dtype=torch.float64),
+        "none": torch.zeros(0, 4),
+        "flags": torch.tensor([True, False]),
+        "strided": torch.randn(6, 4).t(),
+        "half": torch.randn(3).bfloat16(),
+        "one": torch.tensor(3),
+    }
+    path = tmp_path / "all.safetensors"
+    with TensorFileWriter(path) as writer:
+        writer.metadata["made"] = "here"
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        with pytest.raises(ValueError, match="'odd' was written already"):
+            writer.add("odd", torch.zeros(1))
+        with pytest.raises(ValueError, match="complex128, which a safetensors file cannot hold"):
+            writer.add("complex", torch.zeros(1, dtype=torch.complex128))
+    assert writer.nbytes == path.stat().st_size
+    back = load_file(path)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    mine = TensorFile(path)
+    assert dict(mine.metadata) == {"made": "here"}
+    assert len(mine) == 7
+    with pytest.raises(KeyError):
+        mine["absent"]
+    unfinished = TensorFileWriter(tmp_path / "half.safetensors")
+    unfinished.add("a", torch.zeros(1))
+    unfinished.__exit__(RuntimeError, RuntimeError(), None)  # as when the block fails
+    assert [path.name for path in tmp_path.iterdir()] == ["all.safetensors"]

@@ -18,11 +18,14 @@ def compress(
         Path | None,
         typer.Option("--output", "-o", show_default=False, help="Write the compressed (or decompressed) tensors here."),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", show_default=False, help="Draw error against ratio (.png, .svg, .pdf).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if there is one.")] = False,
     decompress: Annotated[bool, typer.Option("--decompress", help="Turn a compressed file back.")] = False,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="Measure tensor by tensor, not as one.")] = False,
 ) -> None:
-    """Compress the tensors of a safetensors file; report ratio, relative error and time.
+    """Compress the tensors of a safetensors file; report ratio, error, contraction and time.
 
     \b
     Examples:
@@ -37,6 +40,7 @@ def compress(
         algorithms=list(algorithms or ()),
         options=dict(parse_option(text) for text in options or ()),
         output=output,
+        picture=plot,
         decompress=decompress,
         fused=not per_tensor,
         overwrite=overwrite,

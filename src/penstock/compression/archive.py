@@ -7,13 +7,12 @@ from typing import Any, Final
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from penstock._core.files import CorruptFileError, write_bytes
+from penstock._core.files import CorruptFileError
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.registry import create_compression_algorithm
+from penstock.compression.tensor_file import TensorFile, TensorFileWriter
 
 _METADATA_KEY: Final = "penstock.compression"
 _FLOATS: Final = {
@@ -50,21 +49,6 @@ class _Header(BaseModel):
     metadata: dict[str, str]
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata.
-
-    Raises:
-        CorruptFileError: The file is missing or not a whole safetensors file (a ``ValueError`` that names it).
-    """
-    if not Path(path).is_file():
-        raise CorruptFileError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except SafetensorError as error:
-        raise CorruptFileError(f"{path}: not a whole safetensors file ({error})") from error
-
-
 def compressed_by(metadata: Mapping[str, str]) -> str | None:
     """The algorithm that a file's metadata says it was compressed with; None for a file that was not.
 
@@ -85,7 +69,7 @@ def write_compressed(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Compress each floating tensor and write all of them to one file, atomically; returns the file's bytes.
+    """Compress each floating tensor and write all to one file, atomically, one at a time; returns the file's bytes.
 
     Tensors that are not floating pass unchanged, as does everything under a lossless algorithm, and a tensor of which
     the payload would hold a NaN or an infinity: one such value (a mask's, or one beyond float16) would spoil others.
@@ -97,27 +81,44 @@ def write_compressed(
         metadata: The original file's own, kept for decompression.
     """
     entries: list[_Entry] = []
-    parts: dict[str, Tensor] = {}
-    for index, (name, tensor) in enumerate(tensors.items()):
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        payload = algorithm.compress(tensor) if dtype in _FLOATS and not algorithm.lossless else {}
-        compressed = bool(payload) and all(_is_finite(part) for part in payload.values())
-        entries.append(_Entry(name=name, shape=list(tensor.shape), dtype=dtype, compressed=compressed))
-        if compressed:
-            parts.update({f"{index}/{field}": part for field, part in payload.items()})
-        else:
-            # A copy of its own: safetensors refuses tensors that share storage.
-            parts[str(index)] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    header = _Header(
-        version=1,
-        algorithm=algorithm.name,
-        options=algorithm.options(),
-        tensors=entries,
-        metadata=dict(metadata or {}),
-    )
-    data = save(parts, metadata={_METADATA_KEY: header.model_dump_json()})
-    write_bytes(path, data)
-    return len(data)
+    with TensorFileWriter(path) as writer:
+        for index, name in enumerate(tensors):
+            tensor = tensors[name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            payload = algorithm.compress(tensor) if dtype in _FLOATS and not algorithm.lossless else {}
+            compressed = bool(payload) and all(_is_finite(part) for part in payload.values())
+            entries.append(_Entry(name=name, shape=list(tensor.shape), dtype=dtype, compressed=compressed))
+            if compressed:
+                for field, part in payload.items():
+                    writer.add(f"{index}/{field}", part)
+            else:
+                writer.add(str(index), tensor)
+        header = _Header(
+            version=1,
+            algorithm=algorithm.name,
+            options=algorithm.options(),
+            tensors=entries,
+            metadata=dict(metadata or {}),
+        )
+        writer.metadata[_METADATA_KEY] = header.model_dump_json()
+    return writer.nbytes
+
+
+def decompress_file(path: str | Path, output: str | Path) -> int:
+    """Turn a file written by :func:`write_compressed` back into a plain one, tensor by tensor.
+
+    Returns:
+        How many tensors it holds.
+
+    Raises:
+        CorruptFileError: As :func:`read_compressed`; nothing is written then.
+    """
+    parts, header, algorithm = _open(path)
+    with TensorFileWriter(output) as writer:
+        writer.metadata.update(header.metadata)
+        for index, entry in enumerate(header.tensors):
+            writer.add(entry.name, _restore(path, parts, index, entry, algorithm))
+    return len(header.tensors)
 
 
 def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -127,7 +128,14 @@ def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         CorruptFileError: The file is missing, broken, not one of these, or its parts do not fit its description.
         ValueError: It was written with an algorithm that is not registered here.
     """
-    parts, stored_metadata = read_tensors(path)
+    parts, header, algorithm = _open(path)
+    tensors = {entry.name: _restore(path, parts, index, entry, algorithm) for index, entry in enumerate(header.tensors)}
+    return tensors, header.metadata
+
+
+def _open(path: str | Path) -> tuple[TensorFile, _Header, CompressionAlgorithm]:
+    parts = TensorFile(path)
+    stored_metadata = parts.metadata
     if _METADATA_KEY not in stored_metadata:
         raise CorruptFileError(f"{path}: a safetensors file, but not one written by `penstock compress --output`")
     try:
@@ -138,9 +146,7 @@ def read_compressed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
         raise CorruptFileError(f"{path}: format version {header.version}, but this release reads version 1")
     if len({entry.name for entry in header.tensors}) != len(header.tensors):
         raise CorruptFileError(f"{path}: its description names a tensor twice")
-    algorithm = create_compression_algorithm(header.algorithm, header.options)
-    tensors = {entry.name: _restore(path, parts, index, entry, algorithm) for index, entry in enumerate(header.tensors)}
-    return tensors, header.metadata
+    return parts, header, create_compression_algorithm(header.algorithm, header.options)
 
 
 def _restore(

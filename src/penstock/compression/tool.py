@@ -15,13 +15,12 @@ from typing import Final
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save
 from torch import Tensor
 
-from penstock._core.files import write_bytes
 from penstock.compression.algorithm import CompressionAlgorithm
-from penstock.compression.archive import compressed_by, read_compressed, read_tensors, write_compressed
+from penstock.compression.archive import compressed_by, decompress_file, write_compressed
 from penstock.compression.registry import create_compression_algorithm, known_algorithms
+from penstock.compression.tensor_file import TensorFile
 
 _FUSED_ELEMENTS: Final = 1 << 24
 
@@ -37,6 +36,7 @@ class Measurement:
         relative_error: Norm of the difference over norm of the tensors; 0 for all-zero tensors.
         compress_s: Seconds to compress.
         decompress_s: Seconds to decompress.
+        guarantee: The least contraction factor that holds whatever the values; None where none does.
     """
 
     algorithm: str
@@ -45,11 +45,17 @@ class Measurement:
     relative_error: float
     compress_s: float
     decompress_s: float
+    guarantee: float | None = None
 
     @property
     def ratio(self) -> float:
         """Bytes in over bytes out; 1 when there is nothing to compress."""
         return self.bytes_in / self.bytes_out if self.bytes_out else 1.0
+
+    @property
+    def contraction(self) -> float:
+        """The share of the tensors' energy that a receiver has: 1 - the squared relative error."""
+        return 1.0 - self.relative_error**2
 
 
 def measure(tensors: Iterable[Tensor], algorithm: CompressionAlgorithm, *, fused: bool = True) -> Measurement:
@@ -60,12 +66,22 @@ def measure(tensors: Iterable[Tensor], algorithm: CompressionAlgorithm, *, fused
         algorithm: Any algorithm.
         fused: End to end in flat float32 buffers of 64 MiB, as training fuses its buckets; otherwise one by one.
     """
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    bytes_in = sum(tensor.numel() * tensor.element_size() for tensor in floating)
-    buffers = _fused(floating) if fused else (tensor.reshape(-1).float() for tensor in floating)
+    seen_bytes = [0]
+    guarantees: list[float | None] = []
+
+    def floating() -> Iterator[Tensor]:
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                seen_bytes[0] += tensor.numel() * tensor.element_size()
+                yield tensor
+
+    # Matrices have to stay matrices for the algorithms that look at their shape.
+    together = fused and not algorithm.shaped
+    buffers = _fused(floating()) if together else (tensor.detach().float() for tensor in floating())
     bytes_out, error, energy, compress_s, decompress_s = 0, 0.0, 0.0, 0.0, 0.0
+    algorithm.decompress(algorithm.compress(torch.zeros(64)), torch.empty(64))  # kernels are compiled when first used
     for buffer in buffers:
-        seen = torch.empty_like(buffer)
+        seen = torch.empty_like(buffer, memory_format=torch.contiguous_format)
         start = time.perf_counter()
         payload = algorithm.compress(buffer)
         middle = time.perf_counter()
@@ -76,13 +92,22 @@ def measure(tensors: Iterable[Tensor], algorithm: CompressionAlgorithm, *, fused
         bytes_out += algorithm.bytes_for(buffer.shape)
         error += float((buffer - seen).double().square().sum())
         energy += float(buffer.double().square().sum())
-    relative_error = math.sqrt(error / energy) if energy else 0.0
-    return Measurement(algorithm.name, bytes_in, bytes_out, relative_error, compress_s, decompress_s)
+        guarantees.append(algorithm.contraction(buffer.shape))
+    proven = [guarantee for guarantee in guarantees if guarantee is not None]
+    return Measurement(
+        algorithm.name,
+        seen_bytes[0],
+        bytes_out,
+        math.sqrt(error / energy) if energy else 0.0,
+        compress_s,
+        decompress_s,
+        min(proven) if len(proven) == len(guarantees) and proven else None,
+    )
 
 
-def _fused(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+def _fused(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors' elements in turn, in buffers that share one storage: a model's copy may not fit beside it."""
-    room = torch.empty(min(_FUSED_ELEMENTS, sum(tensor.numel() for tensor in tensors)))
+    room = torch.empty(_FUSED_ELEMENTS)
     filled = 0
     for tensor in tensors:
         rest = tensor.reshape(-1)
@@ -101,7 +126,7 @@ def render(measurements: Sequence[Measurement], *, title: str) -> Table:
     """A table with a line for each algorithm."""
     table = Table(title=title)
     table.add_column("algorithm")
-    for column in ("bytes", "ratio", "relative error", "compress", "decompress"):
+    for column in ("bytes", "ratio", "relative error", "contraction", "guaranteed", "compress", "decompress"):
         table.add_column(column, justify="right")
     for m in measurements:
         table.add_row(
@@ -109,10 +134,32 @@ def render(measurements: Sequence[Measurement], *, title: str) -> Table:
             f"{m.bytes_out:,}",
             f"{m.ratio:.2f}x",
             f"{m.relative_error:.3g}",
+            f"{m.contraction:.4g}",
+            "-" if m.guarantee is None else f"{m.guarantee:.2g}",
             f"{m.compress_s * 1e3:.2f} ms",
             f"{m.decompress_s * 1e3:.2f} ms",
         )
     return table
+
+
+def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None:
+    """A picture of error against ratio, a point for each algorithm.
+
+    Raises:
+        ValueError: Matplotlib (the extra ``report``) is missing, or the file's ending is of no known format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError('a picture needs matplotlib: pip install "penstock[report]"') from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for m in measurements:
+        axes.scatter(m.ratio, m.relative_error)
+        axes.annotate(m.algorithm, (m.ratio, m.relative_error), xytext=(4, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel="bytes in over bytes out", ylabel="relative error", title=title)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 def app_function(
@@ -121,6 +168,7 @@ def app_function(
     algorithms: Sequence[str] = (),
     options: Mapping[str, int | float | str] | None = None,
     output: Path | None = None,
+    picture: Path | None = None,
     decompress: bool = False,
     fused: bool = True,
     overwrite: bool = False,
@@ -133,6 +181,7 @@ def app_function(
         algorithms: Names; none means every registered algorithm.
         options: Options of the algorithm; needs exactly one algorithm.
         output: Write the compressed tensors (or, with ``decompress``, the decompressed ones) there.
+        picture: Draw error against ratio there, a ``.png``, ``.svg`` or ``.pdf``; needs the extra ``report``.
         decompress: Turn a compressed file back into a plain one.
         fused: Measure the tensors end to end rather than one by one.
         overwrite: Replace the file at ``output`` if there is one; never ``file`` itself.
@@ -148,21 +197,23 @@ def app_function(
     if decompress:
         if output is None:
             raise ValueError("decompressing needs a place to write to: give --output FILE")
-        if algorithms or options:
-            raise ValueError("a compressed file says which algorithm wrote it: leave out --algorithm and --option")
+        if algorithms or options or picture:
+            raise ValueError(
+                "a compressed file says which algorithm wrote it: leave out --algorithm, --option and --plot"
+            )
         _check_output(file, output, overwrite=overwrite)
-        restored, metadata = read_compressed(file)
-        write_bytes(output, save(restored, metadata=metadata))
-        console.print(f"{output}: {len(restored)} tensors decompressed")
+        console.print(f"{output}: {decompress_file(file, output)} tensors decompressed")
         return 0
     if (options or output) and len(algorithms) != 1:
         what = "--output" if output else "--option"
         raise ValueError(f"{what} needs exactly one --algorithm, got {len(algorithms)}")
     if output is not None:
         _check_output(file, output, overwrite=overwrite)
+    if picture is not None:
+        _check_output(file, picture, overwrite=overwrite)
     chosen = [create_compression_algorithm(name, options) for name in algorithms or known_algorithms()]
-    tensors, metadata = read_tensors(file)
-    former = compressed_by(metadata)
+    tensors = TensorFile(file)
+    former = compressed_by(tensors.metadata)
     if former is not None:
         raise ValueError(
             f"{file}: already compressed, with {former}; "
@@ -171,9 +222,13 @@ def app_function(
     bytes_before = file.stat().st_size
     floating = sum(tensor.is_floating_point() for tensor in tensors.values())
     title = f"{file.name}: {floating} floating tensors of {len(tensors)}"
-    console.print(render([measure(tensors.values(), algorithm, fused=fused) for algorithm in chosen], title=title))
+    measured = [measure(tensors.values(), algorithm, fused=fused) for algorithm in chosen]
+    console.print(render(measured, title=title))
+    if picture is not None:
+        draw(measured, picture, title=title)
+        console.print(f"{picture}: error against ratio")
     if output is not None:
-        written = write_compressed(output, tensors, chosen[0], metadata=metadata)
+        written = write_compressed(output, tensors, chosen[0], metadata=tensors.metadata)
         console.print(f"{output}: {written:,} bytes, from {bytes_before:,}")
     return 0
 
@@ -216,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the algorithm")
     parser.add_argument("--output", "-o", type=Path, help="write the compressed (or decompressed) tensors here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw error against ratio (.png, .svg, .pdf)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if there is one")
     parser.add_argument("--decompress", action="store_true", help="turn a compressed file back into a plain one")
     parser.add_argument("--per-tensor", action="store_true", help="measure tensor by tensor, not end to end")
@@ -226,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             algorithms=arguments.algorithm,
             options=dict(parse_option(text) for text in arguments.option),
             output=arguments.output,
+            picture=arguments.plot,
             decompress=arguments.decompress,
             fused=not arguments.per_tensor,
             overwrite=arguments.overwrite,
