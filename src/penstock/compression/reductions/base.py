@@ -138,7 +138,7 @@ class Wires:
         if self.meter is not None:
             share = tensor.nbytes * (self.ranks - 1) // self.ranks
             self.meter.count(REPLICAS, sent=share, received=share)
-        return Launched(_started(dist.reduce_scatter_tensor(out, tensor, group=self.group, async_op=True)), action)
+        return Launched(_started(dist.reduce_scatter_single(out, tensor, group=self.group, async_op=True)), action)
 
     def all_to_all(self, out: Tensor, parts: Tensor, sizes: list[int], action: str) -> Launched:
         """Rank ``r`` gets ``sizes[r]`` elements of ``parts``; ``out`` holds what all ranks sent here, in rank order."""
