@@ -119,6 +119,10 @@ def test_a_plain_checkpoint_loads_into_a_sharded_run(pool: WorkerPool, tmp_path:
         ({"data_parallel": {"sharding": "fsdp"}}, "did you mean 'fsdp2'"),
         ({"data_parallel": {"reshard_after_forward": True}}, "no meaning without sharding"),
         (
+            {"data_parallel": {"sharding": "fsdp2"}, "local_updates": {"method": "diloco", "period": 2}},
+            "replicas train apart.*remove one of the two",
+        ),
+        (
             {"data_parallel": {"sharding": "fsdp2"}, "compression": {"algorithm": "bf16"}},
             "compresses whole gradients.*set one of the two to none",
         ),

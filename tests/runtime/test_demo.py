@@ -54,7 +54,7 @@ def test_an_intact_corpus_is_used_again_and_a_damaged_one_is_built_anew(
 
 
 def test_the_configuration_is_in_order(corpus: Path) -> None:
-    config = load_config({**demo.demo_config(corpus), "output": "unused"})
+    config = load_config({**demo.demo_config(corpus), "output": str(corpus.parent / "run")})
     model = _model(config)
     assert 2_000_000 <= model.total_parameters <= 3_000_000
     prepared = prepare(model, config, world_size=4)

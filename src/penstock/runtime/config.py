@@ -281,6 +281,11 @@ class TrainConfig(Section):
                     f"optimizer.name={optimizer.name} exchanges whole momenta, but data_parallel.sharding="
                     f"{self.data_parallel.sharding} leaves each replica a part; set sharding: none or name: adamw"
                 )
+            if self.local_updates is not None:
+                raise ValueError(
+                    "local_updates lets replicas train apart, each with whole weights, but data_parallel.sharding="
+                    f"{self.data_parallel.sharding} leaves each a part; remove one of the two"
+                )
             if compression.algorithm != "none":
                 raise ValueError(
                     f"compression.algorithm={compression.algorithm} compresses whole gradients, but data_parallel."
