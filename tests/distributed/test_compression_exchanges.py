@@ -427,3 +427,28 @@ def test_one_parameter_of_one_element(pool: WorkerPool) -> None:
             assert answer == pytest.approx(1.5, rel=0.02), name
     alone = one_small_parameter(0, 1)
     assert alone == [0.5] * len(NAMES)  # one rank: nothing is sent, nothing is lost
+
+
+def the_same_matrix_again(rank: int, world_size: int) -> list[float]:
+    """What is left of the same matrices, step after step, without error feedback."""
+    generator = torch.Generator().manual_seed(rank)
+    mine = torch.randn(60, 50, dtype=torch.float64, generator=generator) @ torch.diag(
+        0.9 ** torch.arange(50.0).double()
+    )
+    buffer, total = mine.flatten().clone(), mine.clone()
+    dist.all_reduce(total)
+    algorithm = create_compression_algorithm("powersgd", {"rank": 3})
+    reduction = make_reduction(buffer, algorithm, None, parts=[Part(0, (60, 50))])
+    left = []
+    for _ in range(30):
+        buffer.copy_(mine.flatten())
+        reduction.start()
+        reduction.wait()
+        left.append(float((buffer.view(60, 50) - total).square().sum()))
+    return [*left, float(torch.linalg.svdvals(total)[3:].square().sum())]
+
+
+def test_powersgd_starts_from_the_last_step_and_finds_the_best_factors(pool: WorkerPool) -> None:
+    first, *_, last, best = pool.run(the_same_matrix_again, 2)[0]
+    assert first > 1.1 * best
+    assert last < 1.02 * best
