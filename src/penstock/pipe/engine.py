@@ -15,12 +15,13 @@ weights for W::
     I       mailbox, in flight -> input gradients   -> outbox, weight work
     W       weight work -> weight gradients
 
-Neighbouring stages on the same rank go from mailbox to mailbox. After the last action come the sum of tied gradients,
-the exchange over replicas and the mean loss.
+Neighbouring stages on the same rank go from mailbox to mailbox. After the last action come the sum of tied gradients
+and the exchange over replicas. The mean loss is on its way since the rank's last forward pass: a rank that is done
+before others does not wait for them.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,9 +40,9 @@ from penstock.pipe.groups import PipeGroups
 from penstock.pipe.loss import LossFn, loss_of, no_loss
 from penstock.pipe.mean import PendingMean
 from penstock.pipe.micro_batch import MicroBatch
-from penstock.pipe.program import Program
+from penstock.pipe.program import Program, Steps
 from penstock.pipe.receiver import Received
-from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
+from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule, head_start
 from penstock.pipe.schedule.validate import validate
 from penstock.pipe.split_backward import SplitBackward
 from penstock.pipe.stage import Cut, Stage
@@ -108,6 +109,7 @@ class PipelineEngine:
         self.seed = seed
         self.device = torch.device(device)
         self._program = Program.of(schedule, groups.pipe_rank)
+        self._head, self._rest = self._program.divided(head_start(schedule))
         self._forward_programs: dict[int, Program] = {}
         self._transport = Transport(
             groups.pipe_rank, groups.routes, watcher=self.watcher, meter=self.meter, window=window
@@ -128,7 +130,13 @@ class PipelineEngine:
         return {index: tuple(split.reasons) for index, split in self._splits.items()}
 
     def train_step(
-        self, batches: Sequence[MicroBatch], *, step: int, tally: Sequence[float] = (), loss_scale: float = 1.0
+        self,
+        batches: Sequence[MicroBatch],
+        *,
+        step: int,
+        tally: Sequence[float] = (),
+        loss_scale: float = 1.0,
+        validate: Callable[[], bool] | None = None,
     ) -> StepResult:
         """Forward and backward passes of one step; leaves the gradient of the global batch in ``.grad``.
 
@@ -140,6 +148,9 @@ class PipelineEngine:
                 every rank.
             loss_scale: What losses are multiplied by before the backward passes and gradients divided by before they
                 are exchanged; the same on every rank. It keeps small float16 gradients from vanishing.
+            validate: Called, on every rank or on none, after the forward passes of
+                :func:`~penstock.pipe.schedule.head_start` and before any backward pass. It says whether the weights
+                were right; where it has changed them, alike on all ranks, these passes are run again.
 
         Raises:
             ValueError: A wrong number of micro-batches, a loss that is no scalar, a stage output that cannot be sent,
@@ -151,10 +162,13 @@ class PipelineEngine:
         state = StepState(batches, step, backward=True, targets_used=True, loss_scale=loss_scale)
         with self._failures_reported(state), self._random_state_kept():
             self._prepare(len(batches), self.micro_batches)
+            program = self._program
+            if validate is not None:
+                self._run_head(state, validate)
+                program = self._rest
             weight = 1.0 / (self.micro_batches * self.groups.num_replicas * loss_scale)
             self.exchange.begin_step(lambda: weight)
-            self._run(self._program, state)
-            mean = self._mean_of(state, tally)
+            mean = self._run_with_mean(program, state, tally)
             self._tied.sum()
             self.exchange.ready(self._tied.parameters)
             # The exchange meters its own waits: only it knows what part of this is waiting.
@@ -181,8 +195,7 @@ class PipelineEngine:
         state = StepState(batches, step, backward=False, targets_used=True)
         with self._failures_reported(state), self._evaluating():
             self._prepare(len(batches))
-            self._run(self._forward_program(len(batches)), state)
-            mean = self._mean_of(state)
+            mean = self._run_with_mean(self._forward_program(len(batches)), state)
             self._transport.drain()
             return mean.wait()[0]
 
@@ -202,7 +215,9 @@ class PipelineEngine:
         state = StepState(batches, step, backward=False, targets_used=False)
         with self._failures_reported(state), self._evaluating():
             self._prepare(len(batches))
-            self._run(self._forward_program(len(batches)), state)
+            program = self._forward_program(len(batches))
+            self._transport.begin(program.messages)
+            self._run(program, program.steps, state)
             self._transport.drain()
             source = self.schedule.placement[-1]
             outputs = [state.outputs[i] for i in range(len(batches))] if source == self.groups.pipe_rank else None
@@ -242,10 +257,31 @@ class PipelineEngine:
             program = self._forward_programs[micro_batches] = self._program.forward_only(micro_batches)
         return program
 
-    def _run(self, program: Program, state: StepState) -> None:
+    def _run_head(self, state: StepState, validate: Callable[[], bool]) -> None:
+        """Forward passes on trust; run again where the weights turn out to have been wrong."""
+        head = self._head
+        buffers = [buffer for stage in self.stages.values() for buffer in stage.buffers()] if head.steps else []
+        kept = [buffer.clone() for buffer in buffers]  # a forward pass may change them, as batch norms do
+        self._transport.begin(head.messages)
+        self._run(head, head.steps, state)
+        if validate():
+            return
+        state.forget()
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(before)
+        self._transport.begin(head.messages)
+        self._run(head, head.steps, state)
+
+    def _run_with_mean(self, program: Program, state: StepState, tally: Sequence[float] = ()) -> PendingMean:
         self._transport.begin(program.messages)
+        self._run(program, program.steps[: program.forwards_end], state)
+        mean = self._mean_of(state, tally)
+        self._run(program, program.steps[program.forwards_end :], state)
+        return mean
+
+    def _run(self, program: Program, steps: Steps, state: StepState) -> None:
         compute_seconds = 0.0
-        for action, channel in program.steps:
+        for action, channel in steps:
             state.action = action
             stage, op, micro_batch = action
             if channel is not None:

@@ -17,8 +17,8 @@ _STEPS_TOLD_APART: Final = 1 << 15
 class PendingMean:
     """A sum over all ranks under way: losses, their number, and what a caller tallies.
 
-    It starts after a rank's last action and not with its first: an operation that waits in the background counts
-    against its group's time limit. Sums are in float64, over one buffer, so every rank is told the same bits.
+    It starts after a rank's last forward pass and not with its first action: an operation that waits in the background
+    counts against its group's time limit. Sums are in float64, over one buffer, so every rank is told the same bits.
 
     A rank that evaluates while others train, or is a step behind them, would mix its losses into theirs. So each rank
     adds a number for what it is doing, and its square: the numbers are equal if and only if the sum of squares times

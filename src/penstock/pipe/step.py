@@ -81,3 +81,10 @@ class StepState:
     losses: list[Tensor] = field(default_factory=list)
     outputs: dict[int, Any] = field(default_factory=dict)
     action: Action | None = None
+
+    def forget(self) -> None:
+        """Begin anew: what was computed does not count."""
+        self.mailbox.clear()
+        self.outbox.clear()
+        self.in_flight.clear()
+        self.losses.clear()

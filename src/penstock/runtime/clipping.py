@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from penstock._core.meter import CONTROL, Meter
 from penstock.runtime.sharding.tensors import here, squared_norm
@@ -26,15 +26,30 @@ def global_norm(
         replicas: How many replicas are in the group.
         meter: Where the bytes of the sum are counted.
     """
+    total = squares(parameters, replicas)
+    work = reduced(total, group=group, meter=meter)
+    if work is not None:
+        work.wait()
+    return float(total.sqrt())
+
+
+def squares(parameters: Iterable[nn.Parameter], replicas: int = 1) -> Tensor:
+    """The sum of squares of this rank's share of the gradients, a float64 scalar; see :func:`global_norm`."""
     total = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
         if parameter.grad is not None:
             total += squared_norm(parameter.grad, replicas)
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(total, group=group)
-        if meter is not None:
-            meter.all_reduce(CONTROL, total.element_size(), dist.get_world_size(group))
-    return float(total.sqrt())
+    return total
+
+
+def reduced(total: Tensor, *, group: dist.ProcessGroup | None, meter: Meter | None = None) -> dist.Work | None:
+    """Start to add ``total`` up over a group, in place; None where nothing is to be waited for."""
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    if meter is not None:
+        meter.all_reduce(CONTROL, total.element_size(), dist.get_world_size(group))
+    work: dist.Work | None = dist.all_reduce(total, group=group, async_op=True)
+    return work
 
 
 def largest(parameters: Iterable[nn.Parameter]) -> float:

@@ -297,6 +297,27 @@ class TrainConfig(Section):
                 f"exchange gradients; keep one: compression.algorithm: none with {optimizer.name}, "
                 "or optimizer.name: adamw"
             )
+        if optimizer.post_validation:
+            reasons = {
+                "precision: fp16 must know whether gradients overflowed to scale the next step's loss": (
+                    self.precision == "fp16",
+                    "take precision: bf16",
+                ),
+                "local_updates leave no norm over the replicas to wait for": (
+                    self.local_updates is not None,
+                    "remove local_updates",
+                ),
+                f"data_parallel.sharding: {self.data_parallel.sharding} gathers weights in forward passes": (
+                    self.data_parallel.sharded,
+                    "set sharding: none",
+                ),
+            }
+            for reason, (holds, remedy) in reasons.items():
+                if holds:
+                    raise ValueError(
+                        f"optimizer.post_validation does not go with this run: {reason}; {remedy}, or post_validation: "
+                        "false"
+                    )
         for name, value in (
             ("optimizer.freeze_step", optimizer.freeze_step),
             ("compression.warmup_steps", compression.warmup_steps),

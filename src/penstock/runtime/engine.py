@@ -4,9 +4,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -26,6 +26,9 @@ from penstock.runtime.parts import Parts, Progress
 from penstock.runtime.stopping import StopRequest
 from penstock.runtime.summary import summarize
 
+_TAKEN_BACK: Final = ("step", "samples", "tokens", "layer_tokens")
+"""What of the progress a step moves."""
+
 
 class NotFiniteError(RuntimeError):
     """The loss or a gradient is NaN or infinite; training on would only spread it."""
@@ -43,7 +46,8 @@ class StepReport:
         samples: Samples consumed after the step.
         kept_tokens: Tokens that dropping layers kept per sequence; None without dropping.
         difficulty: Curriculum difficulty by metric at the step's first sample.
-        gradient_norm: Global norm before clipping; None without clipping.
+        gradient_norm: Global norm before clipping; None without clipping. With ``optimizer.post_validation`` it comes
+            when the step is validated: ``engine.last`` lacks it until then.
         seconds: Wall-clock of the step on this rank.
         bubble_seconds: Of these, waiting for neighbours in the pipeline.
         loss_scale: What the next step's loss is scaled by; None but in float16.
@@ -93,6 +97,9 @@ class Engine:
         self.last: StepReport | None = None
         self.stop_request = StopRequest()
         self.stopping = False
+        self._trusted = parts.post_validation
+        self._before: tuple[dict[str, int], StepReport | None] = ({}, None)
+        self._consumed = Consumed()
 
     @property
     def rank(self) -> int:
@@ -123,12 +130,15 @@ class Engine:
         Raises:
             ValueError: There is no data, or it does not fit.
             NotFiniteError: The loss or a gradient is not finite; the weights are those before the step. (An optimizer
-                that exchanges gradients itself raises FloatingPointError for these.)
+                that exchanges gradients itself raises FloatingPointError for these.) With
+                ``optimizer.post_validation`` a gradient's is raised by the next call, for the step before.
         """
         parts, progress = self.parts, self.progress
         with self._told("train_batch"):
             started = time.perf_counter()
-            self.optimizer.zero_grad()  # a step that ended in an error leaves gradients behind
+            trusted = self._trusted if self._trusted is not None and self._trusted.pending else None
+            if trusted is None:
+                self.optimizer.zero_grad()  # a step that ended in an error leaves gradients behind
             kept = None if parts.dropping is None else parts.dropping.update(progress.step, progress.tokens)
             step = parts.feed.step(progress.step, samples=progress.samples, tokens=progress.tokens)
             micro_batches, consumed = self._training_batches(data_iter, step)
@@ -140,25 +150,44 @@ class Engine:
                 step=progress.step,
                 tally=(read, self.stop_request.heard),
                 loss_scale=1.0 if parts.scaler is None else parts.scaler.scale,
+                validate=None if trusted is None else self._validated,
             )
             tokens = round(result.tally[0]) if step.tokens is None else step.tokens
             self.stopping = result.tally[1] > 0
             skipped = self._overflowed(result.loss)
             if not skipped:
                 self._check_finite("loss", result.loss)
-            norm = None if skipped else self._clip()
+            norm = None if skipped or self._trusted is not None else self._clip()
             shapes = parts.feed.shapes(step, tokens)
             layer_tokens = 0
             if parts.dropping is not None and kept is not None:
                 layer_tokens = parts.dropping.layer_tokens(tokens, kept, rows=sum(shape.rows for shape in shapes))
             lr = self._set_lr(tokens, layer_tokens, step.lr_factor)
-            if not skipped:
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+            if self._trusted is not None:
+                self._before = ({name: getattr(progress, name) for name in _TAKEN_BACK}, self.last)
+                self._consumed = consumed
+                self._trusted.step()
+            else:
+                if not skipped:
+                    self.optimizer.step()
+                self.optimizer.zero_grad()
+                progress.read.add(consumed)
             self._advance(started, kept, lr, norm, tokens, result, step, shapes, skipped=skipped)
             progress.layer_tokens += layer_tokens
-            progress.read.add(consumed)
         return result.loss
+
+    def validate(self) -> None:
+        """With ``optimizer.post_validation``: wait until the last step is what it is to be; every rank calls it.
+
+        Until then the weights of this rank are provisional. The engine's own methods validate first; call it before
+        reading ``stage`` or ``optimizer`` directly. Otherwise it does nothing.
+
+        Raises:
+            NotFiniteError: The last step's gradient was not finite; everything is as it was before that step.
+        """
+        if self._trusted is not None and self._trusted.pending:
+            with self._told("validate"):
+                self._validated()
 
     def eval_batch(self, data_iter: Iterator[Any]) -> float:
         """Mean loss of one global batch in eval mode, without gradients, the same on every rank.
@@ -169,6 +198,7 @@ class Engine:
             data_iter: As for :meth:`train_batch`.
         """
         parts = self.parts
+        self.validate()
         with self._told("eval_batch"):
             micro_batches = self._weighted(self._given_batches(data_iter))
             with common_weights(parts):
@@ -186,6 +216,7 @@ class Engine:
             A list with one output per micro-batch, on every rank of the pipeline.
         """
         parts = self.parts
+        self.validate()
         with self._told("predict_batch"):
             micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=False)
             with common_weights(parts):
@@ -215,6 +246,7 @@ class Engine:
         Returns:
             The checkpoint's own directory.
         """
+        self.validate()
         with self._told("save_checkpoint"):
             return save(self.parts, self.progress, Path(directory), keep=keep)
 
@@ -229,6 +261,9 @@ class Engine:
             The checkpoint that was loaded.
         """
         with self._told("load_checkpoint"):
+            if self._trusted is not None and self._trusted.pending:
+                self._trusted.validate()  # whatever it says, the checkpoint replaces it
+                self.optimizer.zero_grad()
             return load(self.parts, self.progress, Path(directory))
 
     def summary(self) -> dict[str, Any]:
@@ -249,6 +284,12 @@ class Engine:
 
         Every rank calls it. The model and the optimizer stay as they are.
         """
+        try:
+            self.validate()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         parts = self.parts
         parts.watcher.stop()
         if isinstance(parts.exchange, Reducer):
@@ -265,7 +306,10 @@ class Engine:
         if error is not None and self.world_size > 1:
             self.parts.watcher.report(error)
             return  # work may be in flight: the process is about to end, and must not wait for it
-        self.close()
+        if error is not None:
+            self._end()
+        else:
+            self.close()
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -277,6 +321,21 @@ class Engine:
                 error.add_note(f"rank {self.rank}, {what}, step {self.progress.step}")
             self.parts.watcher.report(error)
             raise
+
+    def _validated(self) -> bool:
+        """Settle the step that was made on trust; says whether its weights stand as the forward passes met them."""
+        assert self._trusted is not None
+        norm, stands = self._trusted.validate()
+        self.optimizer.zero_grad()
+        if not math.isfinite(norm):
+            before, self.last = self._before
+            for name, value in before.items():
+                setattr(self.progress, name, value)
+            self._check_finite("gradient norm", norm)
+        self.progress.read.add(self._consumed)
+        if self.last is not None and self.config.optimizer.gradient_clipping is not None:
+            self.last = replace(self.last, gradient_norm=norm)
+        return stands
 
     def _training_batches(self, data_iter: Iterator[Any] | None, step: Step) -> tuple[list[MicroBatch], Consumed]:
         parts = self.parts

@@ -29,6 +29,7 @@ from penstock.runtime.loss_scaler import LossScaler
 from penstock.runtime.optimizers import OptimizerFactory, check_parameters, hidden_matrices, parameter_groups
 from penstock.runtime.parts import Parts
 from penstock.runtime.plain_model import plain_stage
+from penstock.runtime.post_validation import PostValidation
 from penstock.runtime.preparation import prepare
 from penstock.runtime.process import Process
 from penstock.runtime.run_facts import run_facts
@@ -167,6 +168,7 @@ def initialize(
                 training_data=ready.dataset,
                 order=ready.order,
                 scaler=LossScaler(settings.fp16) if settings.precision == "fp16" else None,
+                post_validation=_post_validation(settings, built, stage, shared, groups, meter, watcher),
                 collate=partial(
                     collate_samples,
                     targets_needed=ready.loss_fn is not None,
@@ -197,6 +199,28 @@ def _optimizer(
     for group in built.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return built
+
+
+def _post_validation(
+    config: TrainConfig,
+    optimizer: Optimizer,
+    stage: AnyStages,
+    shared: SharedParameters,
+    groups: PipeGroups,
+    meter: Meter,
+    watcher: Watcher,
+) -> PostValidation | None:
+    if not config.optimizer.post_validation:
+        return None
+    return PostValidation(
+        optimizer,
+        list(stage.parameters()),
+        counted=shared.counted_here,
+        limit=config.optimizer.gradient_clipping,
+        group=groups.pipeline,
+        watcher=watcher,
+        meter=meter,
+    )
 
 
 def _exchange(

@@ -50,6 +50,8 @@ class OptimizerSection(Section):
         weight_decay: Decoupled weight decay.
         freeze_step: Steps of warm-up after which ``onebit_adam`` and ``onebit_lamb`` freeze the second moment.
         gradient_clipping: Largest global norm of the gradient; None does not clip.
+        post_validation: Whether to step before the gradient's global norm is known, and to take the step back where it
+            was wrong; for ``adamw`` under a pipeline. The result is the same.
         options: The optimizer's other keyword arguments, for example ``{var_update_scaler: 16}``.
     """
 
@@ -60,6 +62,7 @@ class OptimizerSection(Section):
     weight_decay: float = Field(default=0.1, ge=0)
     freeze_step: int | None = Field(default=None, ge=1)
     gradient_clipping: float | None = Field(default=None, gt=0)
+    post_validation: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
 
     _known_name = field_validator("name")(one_of("optimizer", OPTIMIZERS))
@@ -100,6 +103,11 @@ class OptimizerSection(Section):
             raise ValueError(
                 f"gradient_clipping={self.gradient_clipping:g} needs the averaged gradient, and {self.name} exchanges "
                 "momentum, so none exists; remove gradient_clipping, or take name: adamw with compression.algorithm"
+            )
+        if self.post_validation and self.name != "adamw":
+            raise ValueError(
+                f"post_validation takes steps of adamw back, but name is {self.name}; take name: adamw, or "
+                "post_validation: false"
             )
         self._check_options()
         return self

@@ -22,6 +22,7 @@ from penstock.runtime.feed import Feed
 from penstock.runtime.ledger_rates import Rates
 from penstock.runtime.loss_scaler import LossScaler
 from penstock.runtime.lr_schedule import LRSchedule
+from penstock.runtime.post_validation import PostValidation
 from penstock.runtime.process import Process
 from penstock.runtime.shared_parameters import SharedParameters
 
@@ -82,6 +83,7 @@ class Parts:
     dropping: Dropping | None
     rates: Rates
     scaler: LossScaler | None = None
+    post_validation: PostValidation | None = None
     training_data: Any = None
     order: DataSampler | None = None
     collate: Collate = collate_samples

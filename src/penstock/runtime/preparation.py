@@ -100,7 +100,7 @@ def prepare(
         )
     if module is not None:
         _check_stages(module)
-    _check_optimizer(model, optimizer)
+    _check_optimizer(model, optimizer, settings)
     _check_sharding(settings, pipe_schedule, optimizer)
     _check_muon(settings, optimizer)
     dataset = open_training_data(settings, training_data)
@@ -212,7 +212,12 @@ def _topology(config: TrainConfig, module: PipelineModule | None, replicas: int)
     return topology
 
 
-def _check_optimizer(model: Any, optimizer: Any) -> None:
+def _check_optimizer(model: Any, optimizer: Any, config: TrainConfig) -> None:
+    if optimizer is not None and config.optimizer.post_validation:
+        raise ValueError(
+            "optimizer.post_validation takes back steps of the configuration's adamw, but initialize was given an "
+            "optimizer; leave it out (options: of the section reach AdamW), or set post_validation: false"
+        )
     if isinstance(optimizer, Optimizer) and isinstance(model, PipelineModule):
         raise ValueError(
             "an optimizer instance cannot hold the parameters of a PipelineModule, which are built by initialize; "

@@ -8,6 +8,7 @@ from penstock.pipe.schedule.draw import draw
 from penstock.pipe.schedule.dualpipe_v import dualpipe_v
 from penstock.pipe.schedule.forward_only import forward_only
 from penstock.pipe.schedule.gpipe import gpipe
+from penstock.pipe.schedule.head_start import head_start
 from penstock.pipe.schedule.interleaved_1f1b import interleaved_1f1b
 from penstock.pipe.schedule.looped_bfs import looped_bfs
 from penstock.pipe.schedule.memory import peak_memory
@@ -55,6 +56,7 @@ __all__ = [
     "get_placement",
     "get_schedule",
     "gpipe",
+    "head_start",
     "html",
     "interleaved_1f1b",
     "load_schedule",
