@@ -109,7 +109,7 @@ def test_the_table_has_a_line_for_each_algorithm(model_file: Path, capsys: pytes
     assert "model.safetensors: 5 floating tensors of 7" in shown
     lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│")}
     assert {"none", "fp16", "bf16", "onebit"} <= lines.keys()
-    assert "ms" in lines["onebit"]
+    assert "ms back" in shown
 
 
 def test_measurements_follow_the_formulas() -> None:
@@ -271,8 +271,8 @@ def test_the_table_says_how_much_arrives_and_the_picture_is_drawn(tmp_path: Path
     console = Console(width=200, file=output)
     assert app_function(model_file, algorithms=["topk", "onebit", "powersgd"], picture=picture, console=console) == 0
     text = output.getvalue()
-    assert "contraction" in text
-    assert "guaranteed" in text
+    assert "arrives" in text
+    assert "at least" in text
     assert "0.016" in text  # topk: 64 of 4096, whatever the values
     assert "algorithms.svg: error against ratio" in text
     assert "onebit" in picture.read_text()

@@ -123,21 +123,21 @@ def _fused(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def render(measurements: Sequence[Measurement], *, title: str) -> Table:
-    """A table with a line for each algorithm."""
+    """A table with a line for each algorithm; how much of the energy arrives, and how much always does."""
     table = Table(title=title)
-    table.add_column("algorithm")
-    for column in ("bytes", "ratio", "relative error", "contraction", "guaranteed", "compress", "decompress"):
-        table.add_column(column, justify="right")
+    table.add_column("algorithm", no_wrap=True)
+    for column in ("bytes", "ratio", "error", "arrives", "at least", "ms", "ms back"):
+        table.add_column(column, justify="right", no_wrap=True)
     for m in measurements:
         table.add_row(
             m.algorithm,
             f"{m.bytes_out:,}",
             f"{m.ratio:.2f}x",
-            f"{m.relative_error:.3g}",
-            f"{m.contraction:.4g}",
+            f"{m.relative_error:.2g}",
+            f"{m.contraction:.3g}",
             "-" if m.guarantee is None else f"{m.guarantee:.2g}",
-            f"{m.compress_s * 1e3:.2f} ms",
-            f"{m.decompress_s * 1e3:.2f} ms",
+            f"{m.compress_s * 1e3:.1f}",
+            f"{m.decompress_s * 1e3:.1f}",
         )
     return table
 
