@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from penstock._core.files import atomic_file
 
-STEPS, SEEDS, REPLICAS, LENGTH = 300, (1, 2, 3), 2, 64
+STEPS, SEEDS, REPLICAS, LENGTH = 240, (1, 2, 3), 2, 64
 MODEL: Final = {"num_layers": 2, "hidden_size": 96, "num_heads": 4}
 RESULTS: Final = Path(__file__).parents[1] / "results" / "compression"
 BASELINE: Final = "AdamW"
@@ -93,7 +93,7 @@ def worker(cell: dict[str, Any]) -> None:
         "data": {"train": str(corpus / "train"), "heldout": str(corpus / "heldout"), "sequence_length": LENGTH},
         "schedule": {"warmup_steps": max(1, steps // 12), "decay": "cosine", "min_ratio": 0.1},
     }
-    config = load_config({**base, **changes, "optimizer": {"lr": 3e-3, **changes.get("optimizer", {})}})
+    config = load_config({**base, **changes, "optimizer": {"lr": 1e-3, **changes.get("optimizer", {})}})
     shape = GPTConfig(vocab_size=cell["vocab_size"], context_length=LENGTH, **MODEL)
     model = PipelineModule(gpt_layers(shape), loss_fn=gpt_loss, base_seed=seed)
     windows = heldout_windows(config)
