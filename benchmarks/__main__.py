@@ -13,11 +13,11 @@ HERE = Path(__file__).parent
 
 def names() -> list[str]:
     """Every benchmark, as it is named on the command line."""
-    found = []
-    for path in sorted(HERE.rglob("*.py")):
-        if not path.name.startswith("_") and 'if __name__ == "__main__":' in path.read_text():
-            found.append(".".join(path.relative_to(HERE).with_suffix("").parts))
-    return found
+    return [
+        ".".join(path.relative_to(HERE).with_suffix("").parts)
+        for path in sorted(HERE.rglob("*.py"))
+        if not path.name.startswith("_") and 'if __name__ == "__main__":' in path.read_text()
+    ]
 
 
 def main(arguments: list[str]) -> None:
