@@ -1,5 +1,6 @@
 """The registered operators, on small tensors (torch's indexing) and large ones (one pass over a table of addresses)."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,6 +140,40 @@ def test_large_outputs_are_right_aligned_and_ordinary_tensors():
     merged.add_(1)
     assert torch.equal(merged, expected + 1)
     assert merged.storage_offset() == 0
+
+
+@pytest.mark.usefixtures("way")
+def test_dtypes_that_torch_cannot_index():
+    x, y = (one.detach() for one in arguments(True, torch.float32))
+    expected = by_hand(x.bfloat16(), y.bfloat16(), INDICES, 5, True, False).to(torch.float8_e5m2)
+    merged = ops.combine(x.bfloat16().to(torch.float8_e5m2), y.bfloat16().to(torch.float8_e5m2), INDICES, 5, True)
+    assert torch.equal(merged.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 4])
+def test_tokens_that_begin_anywhere_in_memory(offset):
+    rng = np.random.default_rng(0)
+    data = torch.from_numpy(rng.integers(0, 100, size=2 * 700 * 1024 * 4 + 4, dtype=np.uint8))
+    x = torch.frombuffer(data.numpy(), dtype=torch.int32, count=2 * 700 * 1024, offset=offset).view(2, 700, 1024)
+    y = torch.frombuffer(data.numpy(), dtype=torch.int32, count=2 * 9 * 1024, offset=4 - offset).view(2, 9, 1024)
+    indices = torch.stack([torch.randperm(700)[:9] for _ in range(2)])
+    assert x.nbytes >= cpu.LARGE
+    assert torch.equal(ops.gather(x, indices, True), torch.stack([x[b, indices[b]] for b in range(2)]))
+    assert torch.equal(ops.combine(x, y, indices, 700, True), by_hand(x, y, indices, 700, True, False))
+
+
+def test_tokens_of_many_values():
+    x, y = torch.zeros(1, 2, 1 << 22, dtype=torch.int8), torch.ones(1, 1, 1 << 22, dtype=torch.int8)
+    for given_x, given_y in ((x, y), (None, y), (x, None)):
+        merged = ops.combine(given_x, given_y, torch.tensor([[1]]), 2, True)
+        assert torch.equal(merged, by_hand(given_x, given_y, torch.tensor([[1]]), 2, True, False))
+
+
+@pytest.mark.usefixtures("way")
+def test_results_may_be_changed_in_place():
+    x, y = arguments(True, torch.float64)
+    assert gradcheck(lambda x: ops.gather(x, INDICES, True).mul_(2).add_(1), (x,))
+    assert gradcheck(lambda x, y: ops.combine(x, y, INDICES, 5, True).mul_(3), (x, y))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from torch import Tensor
 from penstock.data_pipeline.random_ltd.kernels.shapes import with_length
 
 LARGE: Final = 1 << 22
+_MOST_VALUES: Final = 1 << 62  # torch counts a tensor's values in 64 bits, those of overlapping rows many times
 _ALIGNMENT: Final = 64
 _WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
@@ -48,27 +49,33 @@ def combine(
     shape = with_length(like.shape, length, batch_first)
     out = _fresh(shape, like.dtype)
     if add or out.nbytes < LARGE:
-        out = out.zero_() if x is None else out.copy_(x)
-        _put(out.flatten(0, 1), y, _flat_rows(indices_BK, shape, batch_first), add)
-        return out
+        return _in_two_passes(x, y, indices_BK, out, batch_first, add)
     zero = like.new_zeros(1, 1, *shape[2:])  # stands for each token of a missing tensor
     passing, others = _words(zero if x is None else x), _words(zero if y is None else y)
+    begin = min(_address(passing), _address(others))
+    end = max(_address(passing) + _extent(passing), _address(others) + _extent(others))
+    if (end - begin) * passing.shape[2] >= _MOST_VALUES:
+        return _in_two_passes(x, y, indices_BK, out, batch_first, add)
     at_BS = _places(passing, _address(passing), batch_first).expand(indices_BK.shape[0], length).contiguous()
     others_BK = _places(others, _address(others), batch_first).expand(indices_BK.shape)
     at_BS.scatter_(1, indices_BK.long(), others_BK)
-    begin = min(_address(passing), _address(others))
-    end = max(_address(passing) + _extent(passing), _address(others) + _extent(others))
     _select(_every_token(begin, end, passing), at_BS - begin, out, batch_first)
     return out
 
 
-def _put(rows: Tensor, y: Tensor | None, at: Tensor, add: bool) -> None:
+def _in_two_passes(
+    x: Tensor | None, y: Tensor | None, indices_BK: Tensor, out: Tensor, batch_first: bool, add: bool
+) -> Tensor:
+    out = out.zero_() if x is None else out.copy_(x)
+    rows, at = out.flatten(0, 1), _flat_rows(indices_BK, out.shape, batch_first)
     if y is None:
         rows.index_fill_(0, at, 0)
     elif add:
         rows.index_add_(0, at, y.flatten(0, 1))
     else:
-        rows.index_copy_(0, at, y.flatten(0, 1))
+        words = _words(out).flatten(0, 1)  # some dtypes cannot be indexed
+        words.index_copy_(0, at, _words(y).flatten(0, 1))
+    return out
 
 
 def _flat_rows(indices_BK: Tensor, shape: Sequence[int], batch_first: bool) -> Tensor:
@@ -83,7 +90,9 @@ def _words(x: Tensor) -> Tensor:
     tokens = x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
     if tokens.stride(2) != 1:
         tokens = tokens.contiguous()
-    return tokens.view(_WORDS[x.element_size()])
+    words = tokens.view(_WORDS[x.element_size()])
+    # Addresses are counted in words: what lies between two of them (in a file mapped into memory, say) is moved.
+    return words.clone() if words.data_ptr() % words.element_size() else words
 
 
 def _places(tokens: Tensor, first: int, batch_first: bool) -> Tensor:
@@ -122,4 +131,6 @@ def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
     # Aligned as torch's own memory is: some products give other bits on unaligned operands.
     skip = -memory.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(*shape)
+    storage = torch.from_numpy(memory[skip : skip + size]).untyped_storage()
+    # Not a view of the bytes: autograd refuses to have a view changed in place that an operator gave out.
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
