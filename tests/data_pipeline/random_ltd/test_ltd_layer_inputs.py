@@ -59,7 +59,13 @@ def test_position_ids_of_every_shape():
     assert torch.equal(kept(batch_first=False).inputs("position_ids", three[0].T), rows_of(three[0]).T)
 
 
-@pytest.mark.parametrize("shape", [(S, 4), (S, 1, 4), (B, S, 4), (1, S, 4), (B, S, 1, 4), (B, 5, S, 4), (3, B, S, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (S, 4), (S, 1, 4), (B, S, 4), (1, S, 4), (B, S, 1, 4), (1, S, 1, 4),
+        (B, 5, S, 4), (B, 1, S, 4), (1, 1, S, 4), (3, B, S, 4),
+    ],
+)  # fmt: skip
 def test_rotary_angles_of_every_shape(shape):
     cos, sin = torch.randn(shape), torch.randn(shape)
     out = kept().inputs("position_embeddings", (cos, sin))
@@ -221,6 +227,7 @@ def test_what_has_no_sequence_dimension_passes_through():
         ("unknown", (B, S, S, S), "may be 'B S ...' or 'B _ Q S'"),
         ("attention_mask", (B, 7), r"shape \(2, 7\) beside 2 rows of 6 tokens: it is none of 'B _ Q S'"),
         ("position_embeddings", (B, S, S, 4), "may be 'B S _ _' or 'B _ S _'"),
+        ("position_embeddings", (B, B, S, 4), "may be 'B _ S _' or '_ B S _'"),
     ],
 )
 def test_what_can_be_read_in_two_ways_or_none_is_refused(name, shape, message):

@@ -75,6 +75,8 @@ class KeptTokens:
             return tensor  # the padding of the other sequence
         candidates = self.rule.layouts(kind)
         fitting = [layout for layout in candidates if layout.fits(shape, rows, self.length)]
+        if len(fitting) > 1:
+            fitting = [layout for layout in fitting if not _has_odd_sections(layout, shape, rows)]
         if len(fitting) != 1:
             raise ValueError(f"{self._told(path, tensor)}: {_misfit(kind, candidates, fitting)}; {_remedy(path)}")
         return fitting[0].gather(tensor, self.indices)
@@ -138,6 +140,11 @@ def map_nest(function: Callable[[str, Any], Any], value: Any) -> Any:
     if isinstance(value, list):
         return items
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _has_odd_sections(layout: Layout, shape: tuple[int, ...], rows: int) -> bool:
+    """Whether a layout that begins with sections, as ``_ B S _``, would have only one, or sections without all rows."""
+    return layout.words[0] == "_" and (shape[0] == 1 or shape[layout.words.index("B")] != rows)
 
 
 def _misfit(kind: str, candidates: tuple[Layout, ...], fitting: list[Layout]) -> str:
