@@ -38,7 +38,7 @@ class RandomLTDSection(Section):
         start: Step (or tokens read) at which dropping begins.
         end: Step (or tokens read) at which it ends; None does not end it.
         route: ``layer``: each block drops tokens of its own. ``block``: neighbouring blocks drop the same tokens, once.
-        protect_tokens: Token ids that are always kept.
+        protect_tokens: Token ids that are kept, as far as ``min_tokens`` has room for them.
         document_separator: The token id that ends a document; the first token of each document is always kept.
         arguments: Kinds or layouts of the blocks' arguments by name, where names and shapes do not tell.
         total_layers: DeepSpeed's ``total_layer_num``; checked against ``model.num_layers`` when given.

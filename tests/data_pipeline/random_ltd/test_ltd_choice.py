@@ -87,7 +87,35 @@ def test_any_split_of_the_rows_keeps_the_same_protected_and_distinct_tokens(
         assert torch.equal(alone[0], whole[row])
 
 
-def test_a_weight_of_zero_is_never_drawn():
+@pytest.mark.filterwarnings("ignore:a row protects more tokens")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_of_too_many_protected_tokens_each_is_kept_equally_often(weighted):
+    draws, length, kept = 20_000, 6, 3
+    protected = torch.tensor([[True, True, False, True, False, True]])
+    weights = torch.tensor([[1.0, 9.0, 99.0, 0.0, 0.0, 3.0]]) if weighted else None
+    seen = inclusion(draw(range(draws), length, kept, protected_BS=protected, weights_BS=weights), length)
+    chance = torch.tensor(3 / 4)
+    assert bool((seen[[2, 4]] == 0).all())
+    assert bool(((seen[[0, 1, 3, 5]] - chance).abs() <= 5 * (chance * (1 - chance) / draws).sqrt()).all())
+
+
+def test_a_row_with_too_many_protected_tokens_is_told_and_leaves_the_others_as_they_are():
+    protected = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 1]]) > 0
+    with pytest.warns(UserWarning, match="a row protects more tokens than the 3 of 5 that are kept"):
+        both = draw([1, 2], 5, 3, protected_BS=protected)
+    assert torch.equal(both[:1], draw([1], 5, 3, protected_BS=protected[:1]))
+    assert draw([2], 5, 4, protected_BS=protected[1:]).tolist() == [[0, 1, 2, 4]]  # as many as are kept: no warning
+
+
+def test_tokens_of_weight_zero_fill_the_places_that_no_others_are_left_for():
+    draws = 20_000
+    seen = inclusion(draw(range(draws), 5, 3, weights_BS=torch.tensor([[1e-30, 0.0, 0.0, 1e30, 0.0]])), 5)
+    chance = torch.tensor(1 / 3)
+    assert bool((seen[[0, 3]] == 1).all())
+    assert bool(((seen[[1, 2, 4]] - chance).abs() <= 5 * (chance * (1 - chance) / draws).sqrt()).all())
+
+
+def test_a_weight_of_zero_is_not_drawn_before_others():
     weights = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]])
     assert draw([4], 5, 3, weights_BS=weights).tolist() == [[0, 2, 4]]
     protected = torch.tensor([[False, True, False, False, False]])
@@ -100,8 +128,6 @@ def test_a_weight_of_zero_is_never_drawn():
         ({"weights_BS": torch.ones(1, 4)}, r"token_weights must be \[batch or 1, tokens\], here \[2 or 1, 5\]"),
         ({"protected_BS": torch.ones(3, 5) > 0}, r"protected_tokens must be .*; got \(3, 5\)"),
         ({"protected_BS": torch.ones(2, 5)}, "must be bool, got torch.float32"),
-        ({"protected_BS": torch.tensor([[1, 0, 0, 0, 0], [1, 1, 1, 0, 1]]) > 0}, "row 1: protects more tokens than"),
-        ({"weights_BS": torch.tensor([[1.0, 1, 0, 0, 0]])}, "row 0: has fewer than 3 tokens of a weight above 0"),
         ({"weights_BS": torch.tensor([[1.0, -1, 1, 1, 1]])}, "finite and not negative"),
         ({"weights_BS": torch.tensor([[1.0, float("nan"), 1, 1, 1]])}, "finite and not negative"),
     ],

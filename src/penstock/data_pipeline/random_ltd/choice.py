@@ -4,14 +4,21 @@ Under an engine the choice is a function of the run's seed, the layer and each s
 (:class:`penstock._core.batch_key.BatchKey`; without positions, of the step, the micro-batch and the row). Outside an
 engine each call draws one key from torch's default CPU generator, as dropout does.
 
-**Protected tokens** are kept in every row; the others are drawn for the places that are left.
+**Protected tokens** are kept; the others are drawn for the places that are left. A row that protects more than K keeps
+K of its protected ones, drawn uniformly (on the CPU a warning says so): how many there will be depends on the data, and
+a run should not end over one row of it. Keeping more than K for that row's sake would make the choice of the rows
+beside it depend on how the batch was split.
 
 **Weights** draw without replacement, one token after another in proportion to the weights of those that are left
 (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006): token ``t`` with weight ``w`` gets an
-exponential number divided by ``w``, and the smallest K are kept. The middle layers then train mostly on heavy tokens:
+exponential number divided by ``w``, and the smallest K are kept. Tokens of weight 0 are kept only where there are no
+others left; which of them, is drawn uniformly. The middle layers then train mostly on heavy tokens:
 gradients are no longer those of a uniform sample, and no factor makes them so, since a layer's output is not a sum over
 its tokens.
 """
+
+import warnings
+from typing import Final
 
 import numpy as np
 import torch
@@ -22,6 +29,7 @@ from penstock._core.keys import derive, random_floats
 from penstock.data_pipeline.random_ltd.sampling import gpt_sample_tokens
 
 _PURPOSE = "random_ltd"
+_LAST: Final = 1e300  # in the order of drawing: after all tokens of a weight above 0
 
 
 def draw_tokens(
@@ -44,7 +52,7 @@ def draw_tokens(
         kept: K, in ``1..S``.
         device: Where the indices are to lie.
         protected_BS: bool ``[B or 1, S]``; True is kept.
-        weights_BS: Floats ``[B or 1, S]``, finite and not negative; 0 is never kept.
+        weights_BS: Floats ``[B or 1, S]``, finite and not negative; those of 0 are drawn last.
         hidden: The hidden states that the choice is for. In a compiled graph they keep two choices apart that are alike
             in everything else.
 
@@ -52,8 +60,8 @@ def draw_tokens(
         int32 ``[B, K]``, increasing along each row.
 
     Raises:
-        ValueError: Shapes do not agree; a row protects more than K tokens, or has fewer than K with a weight above 0.
-            (On a GPU the rows are checked by an assertion on the device, which does not wait.)
+        ValueError: Shapes do not agree, or a weight is negative or not finite (on a GPU, an assertion on the device
+            says so, which does not wait).
     """
     if torch.compiler.is_compiling():
         beside = None if hidden is None else hidden.detach()
@@ -78,22 +86,17 @@ def _draw(
             kept, length, rows, device=device, key=key, positions=positions, layer_ids=(layer_id,)
         )
         return indices[0]
-    order = torch.from_numpy(_exponentials(key, positions, layer_id, length)).to(device)
+    drawn = order = torch.from_numpy(_exponentials(key, positions, layer_id, length)).to(device)
     if weights_BS is not None:
-        weights = _per_token("token_weights", weights_BS, rows, length).to(order)
+        weights = _per_token("token_weights", weights_BS, rows, length).to(drawn)
         _check_rows((weights.isfinite() & (weights >= 0)).all(1), "token_weights must be finite and not negative")
-        order = order / weights
-    drawable = order < torch.inf
+        order = torch.where(weights > 0, (drawn / weights).clamp(max=_LAST), _LAST * (2 + drawn))
     if protected_BS is not None:
         protected = _per_token("protected_tokens", protected_BS, rows, length).to(device)
         if protected.dtype != torch.bool:
             raise ValueError(f"protected_tokens must be bool, got {protected.dtype}")
-        most = f"protects more tokens than the {kept} of {length} that are kept; keep more, or protect fewer"
-        _check_rows(protected.sum(1) <= kept, most)
-        order = order.masked_fill(protected, -1.0)
-        drawable = drawable | protected
-    few = f"has fewer than {kept} tokens of a weight above 0, and {kept} are to be kept"
-    _check_rows(drawable.sum(1) >= kept, few)
+        _warn_of_too_many(protected, kept)
+        order = torch.where(protected, -1 / (1 + drawn), order)  # below 0, and among themselves as they were drawn
     return order.topk(kept, dim=1, largest=False).indices.sort(dim=1).values.to(torch.int32)
 
 
@@ -148,6 +151,17 @@ def _per_token(name: str, tensor: Tensor, rows: int, length: int) -> Tensor:
             f"{name} must be [batch or 1, tokens], here [{rows} or 1, {length}]; got {tuple(tensor.shape)}"
         )
     return tensor.detach().expand(rows, length)
+
+
+def _warn_of_too_many(protected_BS: Tensor, kept: int) -> None:
+    if protected_BS.device.type != "cpu":
+        return  # a look would wait for the GPU
+    if int(protected_BS.sum(1).max()) > kept:
+        warnings.warn(
+            f"a row protects more tokens than the {kept} of {protected_BS.shape[1]} that are kept, so that some of "
+            "them are dropped; keep more, or protect fewer",
+            stacklevel=2,
+        )
 
 
 def _check_rows(fine_B: Tensor, what: str) -> None:

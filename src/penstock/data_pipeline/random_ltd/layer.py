@@ -26,8 +26,8 @@ class RandomLayerTokenDrop(nn.Module):
     tokens by a table of argument names and layouts (:class:`penstock.data_pipeline.random_ltd.layer_rule.LayerRule`),
     which :meth:`describe` prints. It returns hidden states, a tuple or list whose first item they are, or the dict.
 
-    Two arguments, or entries of the dict, are for the wrapper: ``protected_tokens``, bool ``[B or 1, S]``, are always
-    kept (see :func:`penstock.data_pipeline.random_ltd.protected_tokens`), and ``token_weights``, floats
+    Two arguments, or entries of the dict, are for the wrapper: ``protected_tokens``, bool ``[B or 1, S]``, are kept
+    before all others (see :func:`penstock.data_pipeline.random_ltd.protected_tokens`), and ``token_weights``, floats
     ``[B or 1, S]``, draw heavy tokens more often. The layer itself is not given them as arguments. The choice is keyed
     by what it decides; see :mod:`penstock.data_pipeline.random_ltd.choice`.
 

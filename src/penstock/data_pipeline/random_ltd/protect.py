@@ -1,4 +1,4 @@
-"""Tokens that a layer must always keep."""
+"""Tokens that a layer keeps before all others."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def protected_tokens(
 
     Args:
         input_ids_BS: Integer token ids ``[B, S]``.
-        token_ids: Ids that are always kept: special tokens.
+        token_ids: Ids to keep: special tokens.
         separator_id: The id that ends a document; each row's first token and the tokens after it begin one.
         position_ids_BS: Positions within packed documents; where they do not go on by one, a document begins.
         document_ids_BS: Ids of packed documents; where they change, a document begins.
