@@ -131,6 +131,5 @@ def _fresh(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
     # Aligned as torch's own memory is: some products give other bits on unaligned operands.
     skip = -memory.ctypes.data % _ALIGNMENT
-    storage = torch.from_numpy(memory[skip : skip + size]).untyped_storage()
-    # Not a view of the bytes: autograd refuses to have a view changed in place that an operator gave out.
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    # Autograd refuses to have a view changed in place that an operator gave out; .data is not one.
+    return torch.from_numpy(memory[skip : skip + size]).view(dtype).view(*shape).data
