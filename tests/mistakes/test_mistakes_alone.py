@@ -19,6 +19,7 @@ from penstock.data_pipeline import create_data_loader
 from penstock.data_pipeline.data_sampling import DataSampler, IndexedDataset, IndexedDatasetBuilder
 from penstock.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from penstock.pipe.schedule import get_schedule
+from penstock.runtime.preparation import prepare
 from support import run_jobs
 
 
@@ -59,6 +60,12 @@ def with_layers(layers: list[Any], stages: int = 2, *, method: Any = "parameters
     }
     model = PipelineModule(layers, num_stages=stages, partition_method=method, loss_fn=nn.functional.mse_loss)
     penstock.initialize(model, settings, **arguments)
+
+
+def measured_without_data() -> None:
+    settings = {"train": {"global_batch_size": 2, "micro_batch_size": 1, "steps": 2}, "pipe": {"stages": 2}}
+    layers = [LayerSpec(nn.Linear, 2, 2)] * 4
+    prepare(PipelineModule(layers, partition_method="profile", loss_fn=nn.functional.mse_loss), settings, world_size=2)
 
 
 def command(*words: object) -> None:
@@ -236,9 +243,9 @@ MISTAKES = [
         ("'params'", "parameters", "uniform"),
     ),
     Mistake(
-        "a partition by measured times",
-        lambda f: with_layers([LayerSpec(nn.Linear, 2, 2)] * 4, method="profile"),
-        ("'profile'", "'parameters'"),
+        "a partition by measured times without data to measure with",
+        lambda f: measured_without_data(),
+        ("'profile'", "training_data"),
     ),
     Mistake(
         "clipping with 1-bit Adam",

@@ -264,7 +264,7 @@ _SHARED = nn.Linear(2, 2)
         (lambda: PipelineModule([nn.ReLU()], "2"), "num_stages must be an integer, got '2'"),  # type: ignore[arg-type]
         (lambda: PipelineModule([nn.ReLU()], activation_checkpoint_interval=0.5), "got 0.5"),  # type: ignore[arg-type]
         (lambda: PipelineModule([nn.ReLU()], partition_method="uniforn"), "did you mean 'uniform'"),
-        (lambda: PipelineModule([nn.ReLU()], partition_method="profile"), "comes with the planner"),
+        (lambda: PipelineModule([nn.ReLU()], 1, partition_method="profile").stage_of(0), "initialize has measured"),
         (lambda: PipelineModule([nn.ReLU()], partition_method=[0, 2]), "end at the number of layers, 1"),
         (lambda: PipelineModule([nn.ReLU()], 2, PipeDataParallelTopology(1, 2)), "pipe axis has size 1"),
         (lambda: PipelineModule([nn.ReLU()], topology=ProcessTopology(["data"], [2])), "no 'pipe' axis"),

@@ -86,7 +86,7 @@ def test_types_are_shared_out_evenly(pattern: str, stages: int, matching: list[i
         ("uniform", 7, "7 pipeline stages need at least 7 layers, the model has 6; use at most 6"),
         ("uniform", 0, "num_stages must be at least 1, got 0"),
         ("paramaters", 2, "unknown partition_method 'paramaters'; did you mean 'parameters'"),
-        ("profile", 2, "'profile' comes with the planner.*use 'parameters'"),
+        ("profile", 2, "'profile' needs the time of each layer.*use 'parameters'"),
         ("type:conv", 2, "matches no layer; the model's layer types are BLOCK2, Block, Embedding, Linear, norm"),
         ("type:(", 2, "malformed regular expression"),
         ("type:", 2, "matches no layer"),
@@ -102,7 +102,7 @@ def test_bad_methods(method: Any, stages: int, message: str) -> None:
         partition(method, stages, names=NAMES, parameter_counts=COUNTS)
 
 
-@pytest.mark.parametrize("method", ["unknown", "profile", "type:conv", [], [0], [0, 2]])
+@pytest.mark.parametrize("method", ["unknown", "type:conv", [], [0], [0, 2]])
 def test_some_faults_show_before_the_stages_are_known(method: Any) -> None:
     with pytest.raises(ValueError, match=r"partition"):
         check_method(method, NAMES)

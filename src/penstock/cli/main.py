@@ -14,6 +14,7 @@ from penstock.cli.datasets import merge, split
 from penstock.cli.evaluate import evaluate
 from penstock.cli.inspect import inspect
 from penstock.cli.order import order
+from penstock.cli.plan import plan
 from penstock.cli.schedule import schedule
 from penstock.cli.tokenize import tokenize
 from penstock.cli.train import train
@@ -45,7 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, evaluate, inspect, tokenize, merge, split, analyze, order, schedule, compress):
+for verb in (train, evaluate, inspect, tokenize, merge, split, analyze, order, schedule, plan, compress):
     app.command(name="eval" if verb is evaluate else None)(verb)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from penstock._core.keys import derive, seed_torch
 from penstock.pipe.layer_facts import LayerFacts
 from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec, callable_name, layer_name
-from penstock.pipe.partition import check_method, check_num_stages, partition
+from penstock.pipe.partition import MEASURED, check_method, check_num_stages, partition
 from penstock.pipe.stage import FunctionLayer, Stage
 from penstock.pipe.ties import find_ties
 from penstock.pipe.topology import ProcessTopology
@@ -47,14 +47,16 @@ class PipelineModule:
             seeding torch, numpy and ``random``.
         base_seed: Where the weights come from.
         partition_method: ``"parameters"`` (balance trainable parameters), ``"uniform"`` (balance layers),
-            ``"type:regex"`` (balance layers whose class name matches), or explicit bounds such as ``[0, 4, 9]``.
+            ``"type:regex"`` (balance layers whose class name matches), ``"profile"`` (make the predicted step shortest:
+            ``penstock.initialize`` measures the layers first), or explicit bounds such as ``[0, 4, 9]``.
         activation_checkpoint_interval: Recompute the activations of groups of this many layers in the backward pass;
             0 keeps all.
 
     Attributes:
         specs: The layers as given.
         num_layers: How many.
-        bounds: Stage ``s`` holds layers ``bounds[s]`` to ``bounds[s + 1] - 1``; None until ``num_stages`` is known.
+        bounds: Stage ``s`` holds layers ``bounds[s]`` to ``bounds[s + 1] - 1``; None until ``num_stages`` is known and,
+            with ``"profile"``, layers are measured.
         parameter_counts: Trainable parameters of each layer; a tied layer counts wherever it lies.
         total_parameters: Trainable parameters of the model; tied ones count once.
         tied: For each tie key, the canonical indices of its layers.
@@ -110,6 +112,11 @@ class PipelineModule:
         return len(self.specs)
 
     @property
+    def measured(self) -> bool:
+        """Whether the bounds have to wait until layers are measured."""
+        return self.partition_method == MEASURED
+
+    @property
     def tied(self) -> dict[str, tuple[int, ...]]:
         """For each tie key, the canonical indices of its layers."""
         return {key: tie.layers for key, tie in self._ties.items()}
@@ -135,6 +142,18 @@ class PipelineModule:
         other.num_stages = num_stages
         other.bounds = self._bounds(num_stages)
         return other
+
+    def divided_by(self, method: str | Sequence[int], num_stages: int) -> "PipelineModule":
+        """The same model divided by another method into any number of stages; errors as for the constructor."""
+        other = copy.copy(self)
+        other.partition_method = method if isinstance(method, str) else tuple(method)
+        other.num_stages = num_stages
+        other.bounds = other._bounds(num_stages)
+        return other
+
+    def type_name(self, layer: int) -> str:
+        """The name of a layer's class or function, by canonical index."""
+        return _type_name(self.specs[layer])
 
     def stage_of(self, layer: int) -> int:
         """The stage that holds a layer, by canonical index.
@@ -189,12 +208,17 @@ class PipelineModule:
         )
 
     def _bounds(self, num_stages: int | None) -> tuple[int, ...] | None:
-        if num_stages is None:
+        if num_stages is None or self.measured:
             return None
         names = [_type_name(layer) for layer in self.specs]
         return partition(self.partition_method, num_stages, names=names, parameter_counts=self.parameter_counts)
 
     def _known_bounds(self) -> tuple[int, ...]:
+        if self.bounds is None and self.measured:
+            raise ValueError(
+                "partition_method 'profile' gives bounds when penstock.initialize has measured the layers; "
+                "call it, or divided_by(another method, num_stages)"
+            )
         if self.bounds is None:
             raise ValueError(
                 "the number of stages is not known yet: give PipelineModule num_stages or a topology, "

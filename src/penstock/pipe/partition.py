@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from penstock._core.suggest import unknown_name
 
-METHODS: Final = ("uniform", "parameters", "type:<regex>", "a list of bounds")
+METHODS: Final = ("uniform", "parameters", "type:<regex>", "profile", "a list of bounds")
+MEASURED: Final = "profile"
+"""The method whose bounds are known only when layers have been measured."""
 
 _EVENNESS: Final = 1e-6
 """Weight of even layer counts beside even weights, where several divisions have the same largest stage."""
@@ -54,6 +56,8 @@ def check_num_stages(num_stages: int, num_layers: int) -> None:
 
 def check_method(method: str | Sequence[int], names: Sequence[str]) -> None:
     """Refuse a method that no number of stages could make right; errors as for :func:`partition`."""
+    if method == MEASURED:
+        return
     if isinstance(method, str):
         _weights(method, names, [0] * len(names))
     else:
@@ -152,10 +156,10 @@ def _weights(method: str, names: Sequence[str], parameter_counts: Sequence[int])
         return list(parameter_counts)
     if lowered.startswith("type:"):
         return _matches(method[len("type:") :], names)
-    if lowered == "profile":
+    if lowered == MEASURED:
         raise ValueError(
-            "partition_method 'profile' comes with the planner, which measures layers; until then use 'parameters', "
-            "'uniform', 'type:<regex>' or a list of bounds"
+            "partition_method 'profile' needs the time of each layer, which penstock.initialize measures in a run of "
+            "several stages; without one use 'parameters', 'uniform', 'type:<regex>' or a list of bounds"
         )
     raise ValueError(unknown_name("partition_method", method, METHODS))
 

@@ -97,8 +97,8 @@ class PipeSection(Section):
         schedule: The name of a schedule that trains, or the path of a saved one (``.json``).
         chunks: Stages per pipeline rank; none takes the schedule's own number: 2 for interleaved, looped and V-shaped
             schedules, 1 for the others.
-        partition_method: ``parameters``, ``uniform``, ``type:REGEX``, or explicit bounds
-            (``stages * chunks + 1`` layer numbers).
+        partition_method: ``parameters``, ``uniform``, ``type:REGEX``, ``profile`` (layers are measured first), or
+            explicit bounds (``stages * chunks + 1`` layer numbers).
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
     """
 

@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from penstock.pipe.groups import PipeGroups, tied_ranks
 from penstock.pipe.local_stages import AnyStages, LocalStages
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.stage import Stage
-from penstock.runtime.batches import Cut, collate_samples
+from penstock.runtime.batches import Collate, Cut, collate_samples
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
 from penstock.runtime.ledger_rates import Rates
@@ -30,14 +30,19 @@ from penstock.runtime.optimizers import OptimizerFactory, check_parameters, hidd
 from penstock.runtime.parts import Parts
 from penstock.runtime.plain_model import plain_stage
 from penstock.runtime.post_validation import PostValidation
-from penstock.runtime.preparation import prepare
+from penstock.runtime.preparation import Prepared, prepare
 from penstock.runtime.process import Process
 from penstock.runtime.run_facts import run_facts
 from penstock.runtime.same_start import copy_from_first_replica
 from penstock.runtime.shared_parameters import SharedParameters
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32, "fp16": torch.float32}
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PARAMETER_DTYPES: Final = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+}
+AUTOCAST_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # The watcher's own message says more than torch's, so it is to come first.
 _TORCH_TIMEOUT_FACTOR = 2
 
@@ -96,6 +101,14 @@ def initialize(
                 watcher=watcher,
             )
         meter = Meter()
+        dtype, autocast_dtype = PARAMETER_DTYPES[settings.precision], AUTOCAST_DTYPES.get(settings.precision)
+        collate = partial(
+            collate_samples,
+            targets_needed=ready.loss_fn is not None,
+            multiple_of=None if settings.batching.token_budget is None else settings.batching.token_budget.multiple_of,
+        )
+        if module is not None and ready.measured:
+            module = _measured(module, ready, process, watcher, collate)
         groups = PipeGroups(
             ready.topology,
             tied=None if module is None else tied_ranks(module, ready.pipe_schedule.placement),
@@ -105,7 +118,6 @@ def initialize(
             watcher=watcher,
             store=process.store,
         )
-        dtype = _DTYPES[settings.precision]
         if module is None:
             assert isinstance(model, nn.Module)
             stages = [plain_stage(model, device=process.device, dtype=dtype)]
@@ -113,7 +125,7 @@ def initialize(
             held = ready.pipe_schedule.stages_of(groups.pipe_rank)
             stages = [module.build_stage(index, device=process.device, dtype=dtype) for index in held]
         stage: AnyStages = stages[0] if len(stages) == 1 else LocalStages(stages)
-        stage.autocast_dtype = _AUTOCAST.get(settings.precision)
+        stage.autocast_dtype = autocast_dtype
         copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
         if settings.data_parallel.sharded:
             _shard(settings, stages, groups, meter, watcher)
@@ -136,7 +148,6 @@ def initialize(
             seed=settings.seed,
             device=process.device,
         )
-        budget = settings.batching.token_budget
         cut = Cut(
             micro_batch_size=settings.train.micro_batch_size,
             micro_batches=ready.micro_batches,
@@ -169,17 +180,37 @@ def initialize(
                 order=ready.order,
                 scaler=LossScaler(settings.fp16) if settings.precision == "fp16" else None,
                 post_validation=_post_validation(settings, built, stage, shared, groups, meter, watcher),
-                collate=partial(
-                    collate_samples,
-                    targets_needed=ready.loss_fn is not None,
-                    multiple_of=None if budget is None else budget.multiple_of,
-                ),
+                collate=collate,
             )
         )
     except BaseException as error:
         watcher.report(error)
         watcher.stop()
         raise
+
+
+def _measured(
+    module: PipelineModule, ready: Prepared, process: Process, watcher: Watcher, collate: Collate
+) -> PipelineModule:
+    """The model divided by its layers' times, measured on the first samples."""
+    from penstock.runtime.profiling import divide_by_profile, profiling_groups, sample_batch
+
+    settings = ready.config
+    size = settings.train.micro_batch_size
+    with profiling_groups(ready.topology, process, watcher, settings.deadline_s) as groups:
+        return divide_by_profile(
+            module,
+            ready.pipe_schedule,
+            size,
+            lambda: sample_batch(ready.dataset, ready.order, size, process.device, collate),
+            config=settings,
+            loss_fn=ready.loss_fn,
+            groups=groups,
+            device=process.device,
+            dtype=PARAMETER_DTYPES[settings.precision],
+            autocast_dtype=AUTOCAST_DTYPES.get(settings.precision),
+            watcher=watcher,
+        )
 
 
 def _optimizer(

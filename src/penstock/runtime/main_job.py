@@ -84,7 +84,7 @@ def train(
         demo.prepare_corpus((output or DEFAULT_OUTPUT) / CORPUS_NAME, _say)
     # What can be refused is refused here, once, and not by every process.
     processes = config.pipe.stages * (config.data_parallel.replicas or 1)
-    ready = prepare(_model(config), config, world_size=processes)
+    ready = prepare(reference_model(config), config, world_size=processes)
     if ready.order is not None and ready.order.paced and (config.data.heldout is None or not config.train.eval_every):
         raise ValueError(
             "sampling.curriculum.pacing waits for the held-out loss, but there is none during training; set "
@@ -128,7 +128,7 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> HeldOut:
         }
     )
     windows = heldout_windows(config)
-    with initialize(_model(config), config, training_data=windows) as engine:
+    with initialize(reference_model(config), config, training_data=windows) as engine:
         load_weights(engine.parts, checkpoint)
         return evaluate_engine(engine, windows)
 
@@ -187,7 +187,8 @@ def _check_directory(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _model(config: TrainConfig) -> PipelineModule:
+def reference_model(config: TrainConfig) -> PipelineModule:
+    """The model of a configuration's model section."""
     assert config.model is not None
     tokenizer = config.data.tokenizer
     shape = config.model.gpt_config(
@@ -209,7 +210,7 @@ def _check_vocabulary(config: TrainConfig) -> None:
     Raises:
         ValueError: A token lies outside.
     """
-    model = _model(config).specs[0]
+    model = reference_model(config).specs[0]
     assert isinstance(model, LayerSpec)
     vocab_size = model.module_args[0].vocab_size
     for name, path in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
@@ -226,7 +227,7 @@ def _check_vocabulary(config: TrainConfig) -> None:
 def _train(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     """Train, evaluate and summarize; after SIGTERM only save. Returns the exit code."""
     windows = None if config.data.heldout is None else heldout_windows(config)
-    with initialize(_model(config), config) as engine:
+    with initialize(reference_model(config), config) as engine:
         chief = engine.rank == 0
         checkpoints = folder / CHECKPOINTS_NAME
         if resume and latest_complete(checkpoints) is not None:

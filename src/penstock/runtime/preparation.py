@@ -47,6 +47,7 @@ class Prepared:
         order: In which order it is read.
         feed: What each step reads of it.
         schedule: The learning rate's, unless a user's optimizer keeps its own.
+        measured: Whether the division is to be replaced by one for which layers are measured first.
     """
 
     config: TrainConfig
@@ -61,6 +62,7 @@ class Prepared:
     order: DataSampler | None
     feed: Feed
     schedule: LRSchedule | None
+    measured: bool
 
 
 def prepare(
@@ -98,12 +100,20 @@ def prepare(
             f"schedule {pipe.schedule!r} divides the model into {pipe_schedule.num_stages} stages, but a plain "
             f"{type(model).__name__} cannot be divided; describe it as PipelineModule(layers), or take schedule '1f1b'"
         )
+    measured = module is not None and module.measured
     if module is not None:
+        if measured:  # until then, for what does not depend on it
+            module = module.divided_by("parameters", pipe_schedule.num_stages)
         _check_stages(module)
     _check_optimizer(model, optimizer, settings)
     _check_sharding(settings, pipe_schedule, optimizer)
     _check_muon(settings, optimizer)
     dataset = open_training_data(settings, training_data)
+    if measured and pipe_schedule.num_stages > 1 and dataset is None:
+        raise ValueError(
+            "partition_method 'profile' measures layers on the training data, of which there is none; give "
+            "training_data or data.train, or another partition_method"
+        )
     dropping = _dropping(settings, module)
     order = None if dataset is None else training_order(settings, dataset)
     return Prepared(
@@ -119,6 +129,7 @@ def prepare(
         order=order,
         feed=training_feed(settings, order),
         schedule=_schedule(settings, optimizer, dropping),
+        measured=measured and pipe_schedule.num_stages > 1,
     )
 
 

@@ -1,0 +1,399 @@
+"""Measures a model's layers on the processes of a run, all of them computing at once as they will."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from penstock._core.batch_key import BatchKey
+from penstock._core.meter import Meter
+from penstock._core.waiting import Watcher
+from penstock.compression import LocalGradients
+from penstock.pipe.broadcast import broadcast_value
+from penstock.pipe.engine import PipelineEngine
+from penstock.pipe.frame import Address
+from penstock.pipe.groups import PipeGroups
+from penstock.pipe.layer_spec import TiedLayerSpec
+from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.module import LayerSpec, PipelineModule
+from penstock.pipe.planner import Flow, LayerCosts, Profile, measure_layers, plan_bounds, run_through
+from penstock.pipe.planner.profile import layer_from_json
+from penstock.pipe.schedule import Channel, Schedule
+from penstock.pipe.stage import Stage
+from penstock.pipe.topology import ProcessTopology
+from penstock.pipe.transport import Transport
+from penstock.pipe.value import flatten, to_device
+from penstock.runtime.batches import collate_samples
+from penstock.runtime.clipping import clip_
+from penstock.runtime.config import TrainConfig
+from penstock.runtime.gather import gather_json
+from penstock.runtime.optimizers import parameter_groups
+from penstock.runtime.process import Process
+
+_LEAST_ROUNDS, _LEAST_S, _MOST_S = 7, 1.0, 20.0
+_MESSAGE_BYTES: Final = (1 << 12, 1 << 22)
+_MESSAGES: Final = 9
+_OVERHEAD_STEPS: Final = 7
+_OVERHEAD_BATCHES: Final = (8, 32)
+_UPDATES: Final = 5
+_TIMES: Final = ("forward", "backward", "input_gradient", "weight_gradient", "update")
+
+
+@dataclass
+class Profiler:
+    """Measures the layers of one model, for any sizes of micro-batch. Every rank of the run makes one.
+
+    Each pipeline rank measures a share of the layers that has about as many parameters as the others'.
+
+    Attributes:
+        module: The model.
+        config: The run's.
+        loss_fn: None where the model returns its loss.
+        groups: Of the run's ranks.
+        device: Where this rank computes.
+        dtype: Of parameters.
+        autocast_dtype: See :class:`~penstock.pipe.stage.Stage`.
+        watcher: Told of every wait.
+    """
+
+    module: PipelineModule
+    config: TrainConfig
+    loss_fn: Callable[[Any, Any], Any] | None
+    groups: PipeGroups
+    device: torch.device
+    dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
+    watcher: Watcher
+
+    def __post_init__(self) -> None:
+        bounds = self.module.divided_by("parameters", self.groups.num_pipe_ranks).bounds
+        assert bounds is not None
+        divided = self.module.divided_by(bounds, self.groups.num_pipe_ranks)
+        self._stage = divided.build_stage(self.groups.pipe_rank, device=self.device, dtype=self.dtype)
+        self._stage.activation_checkpoint_interval = 0
+        self._stage.autocast_dtype = self.autocast_dtype
+        self._meter = Meter()
+        self._rounds = 0
+        self._latency, self._seconds_per_byte = self._message_times()
+        self._action, self._step = self._engine_times()
+
+    def profile(self, size: int, batch: tuple[Any, Any]) -> Profile:
+        """Measure with micro-batches of ``size`` rows, of which ``batch`` is one: inputs and targets. Collective."""
+        inputs, targets = batch
+        stage = self._stage
+        key = BatchKey(self.config.seed, 0, 0)
+        flow = self._brought(Flow.inputs(inputs), key)
+        self._barrier()
+        self._rounds += 1
+        layers = measure_layers(
+            stage,
+            flow,
+            names=[self.module.type_name(index) for index in range(stage.start, stage.stop)],
+            targets=targets,
+            loss_fn=self.loss_fn,
+            key=key,
+            more=self._more(f"penstock/profile/{self._rounds}"),
+        )
+        layers = self._with_parameters(layers)
+        return Profile(
+            micro_batch_size=size,
+            layers=tuple(self._gathered(layers)),
+            latency=self._latency,
+            seconds_per_byte=self._seconds_per_byte,
+            action=self._action,
+            step=self._step,
+            concurrent=self.groups.topology.world_size(),
+        )
+
+    def _brought(self, flow: Flow, key: BatchKey) -> Flow:
+        """The input of this rank's share: each rank in turn computes its own and gives the result to all."""
+        group = self.groups.pipeline
+        if group is None:
+            return flow
+        for source in range(self.groups.num_pipe_ranks - 1):
+            sent = None
+            if source == self.groups.pipe_rank:
+                made = run_through(self._stage, flow, key)
+                sent = [made.value, list(made.wants)]
+            value, wants = broadcast_value(
+                sent, source=source, group=group, device=self.device, watcher=self.watcher, meter=self._meter
+            )
+            if source == self.groups.pipe_rank - 1:
+                flow = Flow(value, tuple(wants))
+        return flow
+
+    def _more(self, name: str) -> Callable[[int], bool]:
+        """Go on until every rank has enough, so that all compute as long as any measures."""
+        store, ranks = self.groups.store, self.groups.topology.world_size()
+        start = time.perf_counter()
+        told = False
+
+        def more(rounds: int) -> bool:
+            nonlocal told
+            spent = time.perf_counter() - start
+            enough = (rounds >= _LEAST_ROUNDS and spent >= _LEAST_S) or (rounds >= 1 and spent >= _MOST_S)
+            if not enough or store is None:
+                return not enough
+            if spent > _MOST_S + self.watcher.deadline_s:
+                raise TimeoutError(f"other ranks did not finish measuring within {spent:.0f} s")
+            there = int(store.add(name, 0 if told else 1))
+            told = True
+            return there < ranks
+
+        return more
+
+    def _with_parameters(self, layers: list[LayerCosts]) -> list[LayerCosts]:
+        """The layers with their parameters, their state, and their shares of the update of this rank's stage."""
+        stage, result = self._stage, []
+        modules = dict(stage.canonical_modules())
+        state_ratio, seconds = self._update()
+        trained = {
+            index: sum(p.nbytes for p in module.parameters() if p.requires_grad) for index, module in modules.items()
+        }
+        total = sum(trained.values())
+        for index, layer in enumerate(layers, stage.start):
+            spec = self.module.specs[index]
+            module = modules[index]
+            result.append(
+                replace(
+                    layer,
+                    parameters=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
+                    state=round(trained[index] * (1.0 + state_ratio)),
+                    update=seconds * trained[index] / total if total else 0.0,
+                    tie=spec.key if isinstance(spec, TiedLayerSpec) else None,
+                )
+            )
+        return result
+
+    def _update(self) -> tuple[float, float]:
+        """The optimizer's state in bytes for each byte of parameters, and the seconds of a step of this stage."""
+        named = [(name, p) for name, p in self._stage.canonical_parameters() if p.requires_grad]
+        if not named:
+            return 0.0, 0.0
+        section = self.config.optimizer
+        muon = None
+        if section.owns_exchange:  # it steps only among replicas; its momenta are those of Adam
+            section = section.model_copy(update={"name": "adamw", "freeze_step": None, "options": {}})
+        elif section.name == "muon":
+            muon = {id(p) for name, p in named if p.dim() == 2}
+        kept = [p.detach().clone() for _, p in named]
+        parameters = [p for _, p in named]
+        optimizer = section.create(parameter_groups(named, [], weight_decay=section.weight_decay, muon=muon))
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        seconds = []
+        for _ in range(_UPDATES):
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            start = time.perf_counter()
+            torch._foreach_mul_(gradients, 1.0)  # the mean over micro-batches
+            if section.gradient_clipping is not None:
+                torch.nn.utils.get_total_norm(gradients)
+                clip_(parameters, norm=2 * section.gradient_clipping, max_norm=section.gradient_clipping)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start)
+        state = sum(
+            value.nbytes
+            for entry in optimizer.state.values()
+            for value in entry.values()
+            if isinstance(value, Tensor) and value.dim()
+        )
+        with torch.no_grad():
+            for p, before in zip(parameters, kept, strict=True):
+                p.copy_(before)
+        return state / sum(p.nbytes for p in parameters), statistics.median(seconds[1:])
+
+    def _gathered(self, layers: list[LayerCosts]) -> list[LayerCosts]:
+        """Every layer of the model; times are means over the replicas."""
+        group = self.groups.control
+        entry = {"pipe": self.groups.pipe_rank, "layers": [asdict(layer) for layer in layers]}
+        with self.watcher.waiting("gathering the profile"):
+            found = _gather(entry, group)
+        result: list[LayerCosts] = []
+        for rank in range(self.groups.num_pipe_ranks):
+            copies = [[layer_from_json(layer) for layer in e["layers"]] for e in found if e["pipe"] == rank]
+            for same in zip(*copies, strict=True):
+                times = {name: statistics.mean(getattr(layer, name) for layer in same) for name in _TIMES}
+                result.append(replace(same[0], **times))
+        return self._pooled(result)
+
+    def _pooled(self, layers: list[LayerCosts]) -> list[LayerCosts]:
+        """Layers that are described alike take equally long, so their times are one sample: its median."""
+        kinds = [self._kind(index, layer) for index, layer in enumerate(layers)]
+        pooled = []
+        for kind, layer in zip(kinds, layers, strict=True):
+            alike = [other for other_kind, other in zip(kinds, layers, strict=True) if other_kind == kind]
+            times = {name: statistics.median(getattr(other, name) for other in alike) for name in _TIMES}
+            pooled.append(replace(layer, **times))
+        return pooled
+
+    def _kind(self, index: int, layer: LayerCosts) -> tuple[Any, ...]:
+        spec = self.module.specs[index]
+        description = repr(spec)
+        if not isinstance(spec, LayerSpec) or " at 0x" in description:  # an object, which nothing else is like
+            return (index,)
+        ends = index == 0, index == len(self.module.specs) - 1
+        return description, getattr(spec, "forward_fn", None), ends, layer.kept, layer.output, layer.state
+
+    def _agreed(self, value: float) -> float:
+        """The mean of all ranks' values."""
+        with self.watcher.waiting("gathering the profile"):
+            return float(statistics.mean(_gather(value, self.groups.control)))
+
+    def _barrier(self) -> None:
+        self._agreed(0.0)
+
+    def _message_times(self) -> tuple[float, float]:
+        """Latency and seconds per byte of a message between neighbouring ranks, which all talk at once."""
+        if self.groups.num_pipe_ranks == 1:
+            return 0.0, 0.0
+        medians = []
+        for size in _MESSAGE_BYTES:
+            tensor = torch.zeros(size // 4, device=self.device)
+            seconds = self._round_trip(tensor)
+            with self.watcher.waiting("gathering the profile"):
+                medians.append(statistics.median(s for s in _gather(seconds, self.groups.control) if s is not None) / 2)
+        small, large = medians
+        rate = max(0.0, (large - small) / (_MESSAGE_BYTES[1] - _MESSAGE_BYTES[0]))
+        return max(0.0, small - rate * _MESSAGE_BYTES[0]), rate
+
+    def _round_trip(self, tensor: Tensor) -> float | None:
+        """Median seconds to the next rank and back; None on every other rank and on a last one without a partner."""
+        rank, ranks = self.groups.pipe_rank, self.groups.num_pipe_ranks
+        low = rank - rank % 2
+        if low + 1 == ranks:
+            return None
+        there, back = Channel(low, low + 1, "F"), Channel(low + 1, low, "B")
+        transport = Transport(rank, self.groups.routes, watcher=self.watcher, meter=self._meter)
+        transport.begin({there: _MESSAGES, back: _MESSAGES})
+        structure, tensors = flatten(tensor)
+        seconds = []
+        for number in range(_MESSAGES):
+            forth, home = Address("F", 1, 0, number), Address("B", 0, 0, number)
+            if rank == low:
+                start = time.perf_counter()
+                transport.send(there, forth, structure, tensors)
+                transport.receive(back, home)
+                seconds.append(time.perf_counter() - start)
+            else:
+                transport.receive(there, forth)
+                transport.send(back, home, structure, tensors)
+        transport.drain()
+        return statistics.median(seconds[1:]) if rank == low else None
+
+    def _engine_times(self) -> tuple[float, float]:
+        """What the engine takes for an action and for a step, from steps of stages with next to nothing to compute."""
+        ranks = self.groups.num_pipe_ranks
+        module = PipelineModule([LayerSpec(_Shift) for _ in range(ranks)], num_stages=ranks, loss_fn=_mean)
+        stage = module.build_stage(self.groups.pipe_rank, device=self.device)
+        first, last = (self._steps(stage, batches) for batches in _OVERHEAD_BATCHES)
+        each = max(0.0, (last - first) / (_OVERHEAD_BATCHES[1] - _OVERHEAD_BATCHES[0]))
+        action = self._agreed(max(0.0, each - _own_time(stage, self.device)) / 2)
+        way = 2 * (ranks - 1) * self._latency
+        step = self._agreed(max(0.0, first - (_OVERHEAD_BATCHES[0] + ranks - 1) * each - way))
+        return action, step
+
+    def _steps(self, stage: Stage, micro_batches: int) -> float:
+        """Median seconds of a step."""
+        engine = PipelineEngine(
+            stage,
+            schedule="gpipe",
+            micro_batches=micro_batches,
+            groups=self.groups,
+            exchange=LocalGradients(stage.parameters(), replicas=1),
+            loss_fn=_mean,
+            watcher=self.watcher,
+            seed=self.config.seed,
+            device=self.device,
+        )
+        row = torch.zeros(1, 8, device=self.device)
+        batches = [MicroBatch(row, row, i) for i in range(micro_batches)]
+        seconds = []
+        for step in range(_OVERHEAD_STEPS):
+            self._barrier()
+            seconds.append(engine.train_step(batches, step=step).seconds)
+        return statistics.median(seconds[1:])
+
+
+class _Shift(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight
+
+
+def _mean(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).mean()
+
+
+def _own_time(stage: Stage, device: torch.device) -> float:
+    """Seconds that the stage itself takes, forward and backward."""
+    rounds = 2 * _LEAST_ROUNDS
+    key = BatchKey(0, 0, 0)
+    row = torch.zeros(1, 8, device=device)
+    flow = Flow(row, (not stage.is_first,))
+    (layer,) = measure_layers(
+        stage, flow, names=("",), targets=row, loss_fn=_mean, key=key, more=lambda done: done < rounds
+    )
+    return layer.forward + layer.backward
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    return [value] if group is None else gather_json(value, group=group)
+
+
+def divide_by_profile(
+    module: PipelineModule,
+    schedule: Schedule,
+    micro_batch_size: int,
+    batch: Callable[[], tuple[Any, Any]],
+    **settings: Any,
+) -> PipelineModule:
+    """The model divided so that a step of this schedule is predicted to be shortest. Collective.
+
+    Args:
+        module: The model.
+        schedule: The run's.
+        micro_batch_size: The run's.
+        batch: Gives a micro-batch to measure with.
+        settings: The other attributes of a :class:`Profiler`.
+    """
+    profile = Profiler(module=module, **settings).profile(micro_batch_size, batch())
+    bounds = plan_bounds(profile, schedule, module.activation_checkpoint_interval)
+    return module.divided_by(bounds, schedule.num_stages)
+
+
+@contextmanager
+def profiling_groups(
+    topology: ProcessTopology, process: Process, watcher: Watcher, deadline_s: float
+) -> Iterator[PipeGroups]:
+    """Process groups to measure with, ended afterwards. Collective."""
+    groups = PipeGroups(
+        topology,
+        rank=process.rank,
+        timeout=timedelta(seconds=2 * deadline_s),
+        device=process.device,
+        watcher=watcher,
+        store=process.store,
+    )
+    try:
+        yield groups
+    finally:
+        groups.close()
+
+
+def sample_batch(dataset: Any, order: Any, size: int, device: torch.device, collate: Any = None) -> tuple[Any, Any]:
+    """The first ``size`` samples of a run as one micro-batch: inputs and targets."""
+    rows = order.sample_at(np.arange(size, dtype=np.int64))
+    inputs, targets = (collate or collate_samples)([dataset[int(row)] for row in rows])
+    return to_device(inputs, device), to_device(targets, device)

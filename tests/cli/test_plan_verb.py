@@ -1,0 +1,104 @@
+"""``penstock plan``: from measurements in a file to a choice, pictures, and a configuration that a run takes."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from penstock.cli.main import app
+from penstock.pipe.planner import LayerCosts, Profile, save_profiles
+from penstock.pipe.schedule import load_timeline
+from penstock.runtime.config import load_config
+from penstock.runtime.planning import bytes_of
+
+BLOCK = LayerCosts("GPTBlock", 1e-3, 2e-3, 1e-3, 1e-3, kept=1000, output=100, parameters=500, state=1000)
+HEAD = LayerCosts("OutputHead", 4e-3, 8e-3, 4e-3, 4e-3, kept=4000, whole=("a custom function",), state=10)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A configuration, and the measurements of its layers: embedding, four blocks, norm, head."""
+    config = tmp_path / "run.yaml"
+    values = {
+        "model": {"vocab_size": 16, "num_layers": 4, "hidden_size": 8, "num_heads": 2, "context": 8},
+        "pipe": {"stages": 2},
+        "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": 3},
+        "data": {"train": str(tmp_path / "corpus")},
+    }
+    config.write_text(yaml.safe_dump(values))
+    profile = tmp_path / "profile.json"
+    save_profiles([Profile(size, (BLOCK, *[BLOCK] * 4, BLOCK, HEAD)) for size in (1, 2)], profile)
+    return config, profile
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["plan", *(str(argument) for argument in arguments)])
+
+
+def test_the_choice_is_printed_drawn_and_written(files: tuple[Path, Path], tmp_path: Path) -> None:
+    config, profile = files
+    outputs = {name: tmp_path / f"step.{name}" for name in ("svg", "html", "trace", "timeline")}
+    options = itertools.chain(*((f"--{name}", path) for name, path in outputs.items()))
+    result = run(config, "--profile", profile, "--memory", "1MiB", "--write", tmp_path / "planned.yaml", *options)
+    assert result.exit_code == 0, result.output
+    assert "whole: layer 6: a custom function" in result.output
+    assert "predicted step" in result.output
+    timeline = load_timeline(outputs["timeline"])
+    assert timeline.unit == "s"
+    assert f"of which passes {1e3 * timeline.makespan:.2f} ms" in result.output
+    assert outputs["svg"].read_text().startswith("<svg")
+    assert "<svg" in outputs["html"].read_text()
+    assert "traceEvents" in outputs["trace"].read_text()
+    planned = load_config(tmp_path / "planned.yaml")
+    assert planned.pipe.schedule == timeline.schedule.name
+    assert planned.train.micro_batch_size * timeline.schedule.micro_batches == 8
+    assert len(planned.pipe.partition_method) == timeline.schedule.num_stages + 1
+
+
+def test_a_searched_schedule_is_written_beside_the_configuration(files: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("ortools")
+    config, profile = files
+    written = tmp_path / "planned.yaml"
+    result = run(config, "--profile", profile, "--micro-batch-size", 2, "--search", 2, "--write", written)
+    assert result.exit_code == 0, result.output
+    planned = load_config(written)
+    assert planned.pipe.schedule.endswith("planned.schedule.json") == ("choice: search" in result.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--memory", "lots"), "'lots' is no size; write it like 8GiB"),
+        (("--memory", "3kB"), "nothing fits in 3,000 bytes per rank"),
+        (("--micro-batch-size", "3"), "micro-batches of 3 do not divide the 8 samples"),
+        (("--set", "model=null"), "needs a model section"),
+        (("--set", "data.train=null"), "set data.train"),
+        (("--set", "pipe.stages=9"), "9 pipeline ranks cannot share 7 layers"),
+        (("--set", "batching.sizes=[[100, 16]]"), "steps that are all alike"),
+    ],
+)
+def test_mistakes_are_refused(files: tuple[Path, Path], arguments: tuple[str, ...], message: str) -> None:
+    config, profile = files
+    result = run(config, "--profile", profile, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+def test_what_a_plan_leaves_out_is_said(files: tuple[Path, Path]) -> None:
+    config, profile = files
+    result = run(config, "--profile", profile, "--set", "data_parallel.replicas=2")
+    assert "not in the step: the exchange of gradients over 2 replicas" in result.output
+    result = run(config, "--profile", profile, "--set", "data_parallel={replicas: 2, sharding: fsdp2}")
+    assert "divided over the replicas" in result.output
+    assert "zb_" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1000000", 10**6), ("8GiB", 8 * 2**30), ("500 MB", 5 * 10**8), ("1.5k", 1500), ("2B", 2)]
+)
+def test_sizes_are_read(text: str, value: Any) -> None:
+    assert bytes_of(text) == value

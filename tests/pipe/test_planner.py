@@ -1,0 +1,345 @@
+"""The planner: sizes against a whole stage, predictions against formulas, choices against all there are."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from penstock._core.batch_key import BatchKey
+from penstock.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from penstock.pipe.planner import (
+    Flow,
+    LayerCosts,
+    Prediction,
+    Profile,
+    best_bounds,
+    kept_bytes,
+    load_profiles,
+    measure_layers,
+    plan,
+    plan_bounds,
+    plan_lines,
+    predict,
+    save_profiles,
+)
+from penstock.pipe.planner.bounds import all_bounds
+from penstock.pipe.planner.report import size
+from penstock.pipe.schedule import get_schedule, peak_memory
+
+KEY = BatchKey(1, 0, 0)
+
+
+class Pair(nn.Module):
+    """Passes its first tensor on beside a new one, which nobody differentiates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.relu(self.linear(x)), torch.ones(3)
+
+
+class Joined(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 10)
+
+    def forward(self, value: tuple[Tensor, Tensor]) -> Tensor:
+        return self.linear(value[0]).tanh()
+
+
+class Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient * weight, gradient * x
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Whole.apply(x, self.weight)
+
+
+LAYERS = [
+    LayerSpec(nn.Embedding, 7, 6),
+    LayerSpec(nn.Linear, 6, 6),
+    LayerSpec(nn.LayerNorm, 6),
+    nn.ReLU(),
+    LayerSpec(Pair),
+    LayerSpec(Joined),
+    LayerSpec(Custom),
+    LayerSpec(nn.Linear, 10, 4),
+]
+TOKENS = torch.arange(5).repeat(2, 1)
+TARGETS = torch.zeros(2, 5, 4)
+
+
+def measured() -> list[LayerCosts]:
+    module = PipelineModule(LAYERS, num_stages=1, loss_fn=nn.functional.mse_loss)
+    stage = module.build_stage(0)
+    names = [module.type_name(index) for index in range(len(LAYERS))]
+    return measure_layers(
+        stage,
+        Flow.inputs(TOKENS),
+        names=names,
+        targets=TARGETS,
+        loss_fn=module.loss_fn,
+        key=KEY,
+        more=lambda rounds: rounds < 2,
+    )
+
+
+def bytes_kept(stage: Any, value: Any, targets: Tensor | None) -> tuple[int, Any]:
+    """What a forward pass of a whole stage keeps, counted on itself: every storage once, without parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            alive.append(tensor)
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def tensors(value: Any) -> list[Tensor]:
+        return list(value) if isinstance(value, tuple) else [value]
+
+    if not stage.is_first:
+        for tensor in tensors(value):
+            keep(tensor)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = stage(value, KEY)
+        if targets is not None:
+            output = nn.functional.mse_loss(output, targets)
+    if targets is None:
+        for tensor in tensors(output):
+            keep(tensor)
+    detached = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors(output))
+    return sum(kept.values()), detached if isinstance(output, tuple) else detached[0]
+
+
+@pytest.mark.parametrize("bounds", [[0, 8], [0, 1, 8], [0, 3, 5, 8], [0, 4, 6, 8], [0, 2, 3, 4, 5, 6, 7, 8]])
+def test_the_layers_sizes_add_up_to_what_a_stage_keeps(bounds: list[int]) -> None:
+    layers = measured()
+    module = PipelineModule(LAYERS, num_stages=len(bounds) - 1, partition_method=bounds)
+    value: Any = TOKENS
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        stage = module.build_stage(number)
+        expected, value = bytes_kept(stage, value, TARGETS if stage.is_last else None)
+        assert kept_bytes(layers, start, stop) == expected
+
+
+def test_recomputed_groups_keep_their_inputs() -> None:
+    layers = measured()
+    row = 2 * 5 * 4  # bytes of a number at each position of each row
+    assert kept_bytes(layers, 1, 5, interval=1) == 4 * 6 * row + (6 * row + 3 * 4)
+    assert kept_bytes(layers, 1, 5, interval=2) == 2 * 6 * row + (6 * row + 3 * 4)
+    assert kept_bytes(layers, 6, 8, interval=1) == 2 * 10 * row
+    assert kept_bytes(layers, 0, 2, interval=4) == 6 * row
+
+
+def test_layers_that_cannot_wait_are_named_with_the_reason() -> None:
+    layers = measured()
+    whole = [layer.name for layer in layers if layer.whole]
+    assert whole == ["Custom"]
+    assert "Whole" in layers[6].whole[0]
+
+
+def layer(f: float = 1.0, b: float = 2.0, **more: Any) -> LayerCosts:
+    return LayerCosts("Block", f, b, b / 2, b / 2, **more)
+
+
+def uniform(count: int = 8, **more: Any) -> Profile:
+    return Profile(1, tuple(layer(output=10, kept=100) for _ in range(count)), **more)
+
+
+def test_predictions_are_those_of_the_formulas() -> None:
+    layers = tuple(layer(output=10, kept=100, parameters=7, state=9, update=0.25) for _ in range(8))
+    profile = Profile(1, layers, latency=0.01, seconds_per_byte=0.001, action=0.1, step=0.5)
+    found = predict(profile, get_schedule("gpipe", 4, 6), (0, 2, 4, 6, 8))
+    f, b, hop = 2 * 1.0 + 0.1, 2 * 2.0 + 0.1, 0.01 + 10 * 0.001
+    assert found.timeline.makespan == pytest.approx((6 + 3) * (f + b) + 6 * hop)
+    assert found.seconds == pytest.approx(found.timeline.makespan + 2 * 0.25 + 0.5)
+    assert found.memory == (6 * 200 + 2 * 16,) * 4
+    assert found.bubble == pytest.approx(1 - 6 * (f + b) / found.timeline.makespan)
+    again = predict(profile, get_schedule("gpipe", 4, 6), (0, 2, 4, 6, 8), interval=1)
+    assert again.timeline.makespan == pytest.approx((6 + 3) * (f + b + 2.0) + 6 * hop)
+    split = predict(replace(profile, latency=0.0, seconds_per_byte=0.0), get_schedule("zb_h1", 2, 6), (0, 4, 8), 2)
+    assert split.timeline.busy == pytest.approx((6 * (4.1 + 8.1 + 4.1),) * 2)
+
+
+def test_tied_layers_count_once_on_a_stage() -> None:
+    tied = layer(parameters=100, state=200, tie="embedding")
+    profile = Profile(1, (tied, layer(parameters=5), tied))
+    assert predict(profile, get_schedule("1f1b", 1, 1), (0, 3)).memory == (305,)
+    assert predict(profile, get_schedule("1f1b", 2, 1), (0, 1, 3)).memory == (300, 305)
+
+
+@given(
+    loads=st.lists(st.floats(0.1, 10), min_size=2, max_size=7),
+    stages=st.integers(1, 4),
+    micro_batches=st.integers(1, 5),
+)
+@settings(max_examples=15)
+def test_few_divisions_are_all_tried(loads: list[float], stages: int, micro_batches: int) -> None:
+    stages = min(stages, len(loads))
+    profile = Profile(1, tuple(layer(load, 2 * load) for load in loads))
+    schedule = get_schedule("1f1b", stages, micro_batches)
+    best = min(
+        predict(profile, schedule, (0, *cuts, len(loads))).seconds
+        for cuts in itertools.combinations(range(1, len(loads)), stages - 1)
+    )
+    assert predict(profile, schedule, plan_bounds(profile, schedule)).seconds == pytest.approx(best)
+
+
+@given(loads=st.lists(st.floats(0.1, 10), min_size=4, max_size=9), stages=st.integers(2, 4))
+def test_a_search_finds_the_shortest_longest_stage(loads: list[float], stages: int) -> None:
+    def longest(bounds: tuple[int, ...]) -> float:
+        return max(sum(loads[a:b]) for a, b in itertools.pairwise(bounds))
+
+    expected = min(longest(bounds) for bounds in all_bounds(len(loads), stages))
+    assert longest(best_bounds(loads, stages, longest, all_up_to=0)) == pytest.approx(expected)
+
+
+def test_a_search_moves_several_cuts_at_once() -> None:
+    # From 2, 2, 2 layers only moving both cuts helps: the score has a ridge.
+    aim = (0, 1, 3, 6)
+
+    def score(bounds: tuple[int, ...]) -> float:
+        return {aim: 0.0, (0, 2, 4, 6): 1.0}.get(bounds, 2.0)
+
+    assert best_bounds([1.0] * 6, 3, score, all_up_to=0) == aim
+
+
+def test_a_heavy_head_gets_a_stage_with_few_layers() -> None:
+    heavy = Profile(1, (*(layer() for _ in range(8)), layer(6.0, 12.0)))
+    assert plan_bounds(heavy, get_schedule("1f1b", 2, 32)) == (0, 7, 9)
+
+
+def predictions(found: Any) -> list[Prediction]:
+    return list(found.predictions)
+
+
+def test_candidates_are_ranked_and_honest_about_memory() -> None:
+    layers = tuple(layer(output=10, kept=100, parameters=10, state=10) for _ in range(8))
+    profiles = [
+        Profile(size, tuple(replace(x, forward=x.forward * size, kept=x.kept * size) for x in layers))
+        for size in (1, 2, 3)
+    ]
+    free = plan(profiles, ranks=2, samples=8)
+    seconds = [found.seconds for found in free.predictions]
+    assert seconds == sorted(seconds)
+    assert {found.micro_batch_size for found in free.predictions} == {1, 2}  # 3 does not divide 8
+    assert {found.interval for found in free.predictions} == {0, 1}
+    assert len({found.schedule.name for found in free.predictions}) == 10
+    limit = max(free.best.memory) - 1
+    short = plan(profiles, ranks=2, samples=8, memory=limit)
+    assert all(max(found.memory) <= limit for found in short.predictions)
+    assert short.too_large > 0
+    assert short.best.seconds >= free.best.seconds
+    for found in free.predictions:
+        stages = [
+            kept_bytes(profiles[found.micro_batch_size - 1].layers, a, b, found.interval)
+            for a, b in itertools.pairwise(found.bounds)
+        ]
+        assert max(found.memory) >= max(peak_memory(found.schedule, [float(kept) for kept in stages]))
+    tight = plan(profiles, ranks=2, samples=8, memory=300)
+    assert tight.best.interval == 1
+    text = "\n".join(plan_lines(tight))
+    assert "recomputing every layer" in text
+    assert f"{tight.too_large} do not fit in 300 B per rank" in text
+
+
+def test_a_searched_schedule_is_never_slower() -> None:
+    pytest.importorskip("ortools")
+    profiles = [Profile(1, (*(layer(kept=10, output=1) for _ in range(4)), layer(3.0, 3.0, kept=10)))]
+    free = plan(profiles, ranks=2, samples=4)
+    searched = plan(profiles, ranks=2, samples=4, search_effort_s=1.0)
+    assert searched.best.seconds <= free.best.seconds
+
+
+def test_one_rank_has_one_schedule() -> None:
+    found = plan([uniform()], ranks=1, samples=4)
+    assert [p.schedule.name for p in predictions(found)] == ["1f1b", "1f1b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": 9, "samples": 4}, "9 pipeline ranks cannot share 8 layers; take 1 to 8"),
+        ({"ranks": 2, "samples": 4, "memory": 5}, r"nothing fits in 5 bytes per rank: the least of \d+ layouts takes"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan([uniform()], **arguments)
+
+
+def test_sizes_that_do_not_divide_the_samples_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="5 samples per pipeline and step cannot be divided into micro-batches of 2, 3"
+    ):
+        plan([replace(uniform(), micro_batch_size=n) for n in (2, 3)], ranks=2, samples=5)
+
+
+def test_stages_without_parameters_are_avoided() -> None:
+    layers = (layer(state=1), layer(state=1), layer(5.0, 5.0), layer(5.0, 5.0))
+    assert plan_bounds(Profile(1, layers), get_schedule("1f1b", 2, 4)) == (0, 1, 4)
+
+
+def test_profiles_are_kept_in_files(tmp_path: Path) -> None:
+    profiles = [Profile(2, (layer(whole=("it cannot",), tie="t"), layer()), 1e-4, 1e-9, 1e-5, 1e-3, 4)]
+    save_profiles(profiles, tmp_path / "profile.json")
+    assert load_profiles(tmp_path / "profile.json") == profiles
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other.json: is no penstock.profile file"):
+        load_profiles(tmp_path / "other.json")
+    text = (tmp_path / "profile.json").read_text()
+    (tmp_path / "bad.json").write_text(text.replace('"forward": 1.0', '"forward": -1.0'))
+    with pytest.raises(ValueError, match=r"bad.json: Block: forward must be finite and not negative, got -1.0"):
+        load_profiles(tmp_path / "bad.json")
+
+
+def test_sizes_are_written_for_people() -> None:
+    assert [size(n) for n in (0, 1023, 1536, 3 * 2**20, 5 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "3 MiB", "5 TiB"]
+
+
+def test_tied_layers_are_measured_where_they_share() -> None:
+    tied = [
+        TiedLayerSpec("e", nn.Embedding, 7, 6),
+        LayerSpec(nn.Linear, 6, 6),
+        TiedLayerSpec("e", nn.Embedding, 7, 6, forward_fn=lambda module, x: x @ module.weight.T),
+    ]
+    module = PipelineModule(tied, num_stages=1)
+    stage = module.build_stage(0)
+    found = measure_layers(
+        stage,
+        Flow.inputs(TOKENS),
+        names=["a", "b", "c"],
+        targets=TOKENS,
+        loss_fn=lambda y, t: nn.functional.cross_entropy(y.flatten(0, 1), t.flatten()),
+        key=KEY,
+        more=lambda rounds: rounds < 1,
+    )
+    assert [layer.name for layer in found] == ["a", "b", "c"]
+    assert found[2].kept > 0
+    assert found[0].output == found[1].output == 2 * 5 * 6 * 4
+    assert found[2].output == 0
