@@ -278,7 +278,12 @@ def test_a_stage_without_trainable_parameters_is_refused() -> None:
     [
         (PipeDataParallelTopology(1, 2), 1, r"data=2, but this run has 1 replicas of 1 stages.*\(2\)"),
         (PipeDataParallelTopology(1, 1), 2, r"data=1, but this run has 2 replicas"),
-        (PipeModelDataParallelTopology(1, 2, 1), 1, r"axis 'model' of size 2"),
+        (
+            PipeModelDataParallelTopology(1, 2, 1),
+            1,
+            r"1 process cannot form whole pipelines .* a multiple of 2 processes",
+        ),
+        (ProcessTopology(["pipe", "depth"], [1, 2]), 1, r"axis 'depth' of size 2"),
     ],
 )
 def test_a_topology_that_is_not_the_runs_is_refused(topology: ProcessTopology, world_size: int, message: str) -> None:

@@ -28,7 +28,8 @@ def reference_block(block, config, hidden, positions, allowed):
     width, size = config.hidden_size, config.head_size
     for row in range(hidden.shape[0]):
         x = norm(hidden[row], block.attn_norm.weight)
-        q, k, v = (x @ block.attn.qkv.weight[i * width : (i + 1) * width].T for i in range(3))
+        by_head = block.attn.qkv.weight.view(config.num_heads, 3, size, width)  # each head's query, key and value
+        q, k, v = (x @ by_head[:, i].reshape(width, width).T for i in range(3))
         heads = []
         for head in range(config.num_heads):
             part = slice(head * size, (head + 1) * size)

@@ -12,6 +12,8 @@ TIED: Final = "tied"
 """Sums of tied weights' gradients over the stages that own a copy."""
 ACTIVATIONS: Final = "activations"
 """Stage values and their gradients between pipeline stages."""
+MODEL: Final = "model"
+"""Sums and gathers of divided layers over tensor-parallel ranks."""
 CONTROL: Final = "control"
 """Losses, handshakes, barriers and other small talk."""
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from penstock._core.meter import Meter
+from penstock._core.sharded import here
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import Bucket
@@ -81,7 +82,7 @@ class BucketSlot:
             if parameter.grad is None:
                 view.zero_()
             else:
-                view.copy_(parameter.grad)
+                view.copy_(here(parameter.grad))
         self._flat.mul_(weight)
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class BucketSlot:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
-            parameter.grad.copy_(view)
+            here(parameter.grad).copy_(view)
 
 
 def _flat_mask(bucket: Bucket, masks: Mapping[str, Tensor]) -> Tensor | None:

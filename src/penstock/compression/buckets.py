@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from penstock._core.sharded import here
 from penstock.compression.chunks import Part
 
 ALIGNMENT_BYTES: Final = 64
@@ -19,7 +20,7 @@ NamedParameter = tuple[str, nn.Parameter]
 
 @dataclass(frozen=True)
 class Bucket:
-    """Where some parameters lie in a flat buffer.
+    """Where some parameters lie in a flat buffer: of those that are divided over ranks, the part on this one.
 
     Attributes:
         names: The parameters' names.
@@ -42,7 +43,7 @@ class Bucket:
     @property
     def parts(self) -> list[Part]:
         """Where the parameters lie, and their shapes."""
-        return [Part(start, tuple(p.shape)) for start, p in zip(self.offsets, self.parameters, strict=True)]
+        return [Part(start, tuple(here(p).shape)) for start, p in zip(self.offsets, self.parameters, strict=True)]
 
     def new_flat(self) -> Tensor:
         """A buffer of zeros, ``[numel]``."""
@@ -51,13 +52,13 @@ class Bucket:
     def views(self, flat: Tensor) -> list[Tensor]:
         """One view of the parameter's shape into ``flat`` for each parameter."""
         return [
-            flat[start : start + parameter.numel()].view(parameter.shape)
-            for start, parameter in zip(self.offsets, self.parameters, strict=True)
+            flat[start : start + part.numel()].view(part.shape)
+            for start, part in zip(self.offsets, map(here, self.parameters), strict=True)
         ]
 
     def gaps(self, flat: Tensor) -> list[Tensor]:
         """Views of the elements between the parameters; empty ones left out."""
-        ends = [start + p.numel() for start, p in zip(self.offsets, self.parameters, strict=True)]
+        ends = [start + here(p).numel() for start, p in zip(self.offsets, self.parameters, strict=True)]
         starts = [*self.offsets[1:], self.numel]
         return [flat[end:start] for end, start in zip(ends, starts, strict=True) if end < start]
 
@@ -116,7 +117,7 @@ def _fill(
         buckets.append(Bucket(names, parameters, tuple(offsets), end, dtype, device, set_index))
 
     for name, parameter in members:
-        size = _aligned(parameter.numel(), dtype.itemsize)
+        size = _aligned(here(parameter).numel(), dtype.itemsize)
         if open_members and (end + size) * dtype.itemsize > bucket_bytes:
             close()
             open_members, offsets, end = [], [], 0

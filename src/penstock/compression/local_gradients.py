@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from penstock._core.sharded import here
+
 
 class LocalGradients:
     """A :class:`~penstock._core.protocols.GradientExchange` that sends nothing.
@@ -39,7 +41,7 @@ class LocalGradients:
     def finish(self) -> None:
         """Scale the gradients in place; a parameter without a gradient keeps none."""
         factor = self._weight() * self._replicas
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gradients = [here(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
         if gradients and factor != 1.0:
             torch._foreach_mul_(gradients, factor)
 

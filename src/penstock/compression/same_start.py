@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from penstock._core.meter import CONTROL, Meter
+from penstock._core.sharded import here
 from penstock._core.waiting import Watcher
 from penstock.compression.group import ranks_of
 
@@ -36,7 +37,7 @@ def check_same_start(
         return
     digest = hashlib.sha256()
     for parameter in parameters:
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(here(parameter).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     mine = torch.from_numpy(np.frombuffer(digest.digest(), dtype=np.int64).copy()).to(parameters[0].device)
     low, high = mine.clone(), mine.clone()
     work = [

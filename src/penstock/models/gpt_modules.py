@@ -75,9 +75,22 @@ class TokenEmbedding(nn.Module):
                     f"token ids run from {low} to {high}, but the vocabulary has ids 0 to {len(self.weight) - 1}; "
                     "use the tokenizer that the model was sized for, or a larger vocab_size"
                 )
-        x_BSD = F.dropout(F.embedding(input_ids_BS, self.weight), self.dropout, self.training)
+        x_BSD = F.dropout(self.lookup(input_ids_BS), self.dropout, self.training)
         position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand(rows, length)
         return {"position_ids": position_ids_BS, **given, "hidden": x_BSD}
+
+    def lookup(self, input_ids_BS: Tensor) -> Tensor:
+        """The tokens' vectors, ``[B, S, D]``."""
+        return F.embedding(input_ids_BS, self.weight)
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Products with every token's vector, ``[B, S, V]``."""
+        return F.linear(x_BSD, self.weight)
+
+    def tensor_parallel_plan(self, size: int) -> dict[str, str]:
+        """Divided by tokens; see :mod:`penstock.pipe.tensor_parallel.plan`."""
+        _check_vocabulary(len(self.weight), size)
+        return {"": "vocabulary"}
 
 
 class LearnedPositions(nn.Module):
@@ -104,11 +117,16 @@ class CausalSelfAttention(nn.Module):
 
     Args:
         config: The model's shape.
+
+    Attributes:
+        heads: Which heads it computes: all, or a tensor-parallel rank's own.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.heads = range(config.num_heads)
+        # Its output features are those of head 0's query, key and value, then head 1's, and so on.
         self.qkv = _linear(config.hidden_size, 3 * config.hidden_size, std=config.init_std)
         self.out = _linear(config.hidden_size, config.hidden_size, std=_residual_std(config))
 
@@ -125,22 +143,47 @@ class CausalSelfAttention(nn.Module):
         """
         config = self.config
         rows, length, _ = x_BSD.shape
-        qkv_BS3HE = self.qkv(x_BSD).view(rows, length, 3, config.num_heads, config.head_size)
-        q_BSHE, k_BSHE, v_BSHE = qkv_BS3HE.unbind(2)
+        qkv_BSH3E = self.qkv(x_BSD).view(rows, length, len(self.heads), 3, config.head_size)
+        q_BSHE, k_BSHE, v_BSHE = qkv_BSH3E.unbind(3)
         if config.positions == "rope":
-            cos, sin = rotary_angles(position_ids_BS, config.head_size, theta=config.rope_theta, dtype=qkv_BS3HE.dtype)
+            cos, sin = rotary_angles(position_ids_BS, config.head_size, theta=config.rope_theta, dtype=qkv_BSH3E.dtype)
             cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
-            q_BSHE, k_BSHE = rotate(qkv_BS3HE[:, :, :2], cos, sin).unbind(2)
-        y_BHSE = F.scaled_dot_product_attention(
-            q_BSHE.transpose(1, 2),
-            k_BSHE.transpose(1, 2),
-            v_BSHE.transpose(1, 2),
-            dropout_p=config.dropout if self.training else 0.0,
-            attn_mask=None if document_ids_BS is None else document_mask(document_ids_BS),
-            is_causal=document_ids_BS is None,
-        )
-        y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).reshape(rows, length, config.hidden_size))
+            q_BSHE, k_BSHE = rotate(qkv_BSH3E[:, :, :, :2], cos, sin).unbind(3)
+        q_BHSE, k_BHSE, v_BHSE = (x_BSHE.transpose(1, 2) for x_BSHE in (q_BSHE, k_BSHE, v_BSHE))
+        if self.training and config.dropout and len(self.heads) < config.num_heads:
+            y_BHSE = self._attend_as_all_heads(q_BHSE, k_BHSE, v_BHSE, document_ids_BS)
+        else:
+            y_BHSE = F.scaled_dot_product_attention(
+                q_BHSE,
+                k_BHSE,
+                v_BHSE,
+                dropout_p=config.dropout if self.training else 0.0,
+                attn_mask=None if document_ids_BS is None else document_mask(document_ids_BS),
+                is_causal=document_ids_BS is None,
+            )
+        y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).reshape(rows, length, len(self.heads) * config.head_size))
         return y_BSD
+
+    def _attend_as_all_heads(
+        self, q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, document_ids_BS: Tensor | None
+    ) -> Tensor:
+        """Attention with dropout on some of the heads, which drop what they would among all of them.
+
+        So a rank that computes two heads of eight draws what one that computes eight draws, and whatever is drawn
+        after it is the same on all ranks.
+        """
+        config, (rows, _, length, _) = self.config, q_BHSE.shape
+        if document_ids_BS is None:
+            allowed = torch.ones(length, length, dtype=torch.bool, device=q_BHSE.device).tril()
+        else:
+            allowed = document_mask(document_ids_BS)
+        scores_BHSS = q_BHSE @ k_BHSE.transpose(-2, -1) / math.sqrt(config.head_size)
+        weights_BHSS = scores_BHSS.masked_fill(~allowed, -math.inf).softmax(dim=-1)
+        every_head = torch.empty(
+            rows, config.num_heads, length, length, dtype=weights_BHSS.dtype, device=weights_BHSS.device
+        )
+        kept_BHSS = every_head.bernoulli_(1.0 - config.dropout)[:, self.heads.start : self.heads.stop]
+        return (weights_BHSS * kept_BHSS / (1.0 - config.dropout)).to(v_BHSE.dtype) @ v_BHSE
 
 
 class MLP(nn.Module):
@@ -184,6 +227,23 @@ class GPTBlock(nn.Module):
         x_BSD = x_BSD + F.dropout(self.mlp(self.mlp_norm(x_BSD)), self.dropout, self.training)
         return {**value, "hidden": x_BSD}
 
+    def tensor_parallel_plan(self, size: int) -> dict[str, str]:
+        """Heads and the MLP's inner units divided; see :mod:`penstock.pipe.tensor_parallel.plan`."""
+        heads, inner = len(self.attn.heads), self.mlp.up.out_features
+        if heads % size:
+            raise ValueError(
+                f"tensor_parallel.size={size} cannot divide num_heads={heads} evenly; take a size that divides it"
+            )
+        if inner < size:
+            raise ValueError(f"tensor_parallel.size={size} is more than the MLP's {inner} inner units; take fewer")
+        return {
+            "attn": "heads",
+            "attn.qkv": "columns",
+            "attn.out": "rows",
+            "mlp.up": "columns",
+            "mlp.down": "rows",
+        }
+
 
 class FinalNorm(nn.Module):
     """The last normalisation; only the hidden states leave it.
@@ -218,6 +278,11 @@ class OutputHead(nn.Module):
         """Logits ``[B, S, V]``."""
         return F.linear(x_BSD, self.weight)
 
+    def tensor_parallel_plan(self, size: int) -> dict[str, str]:
+        """Divided by tokens, the logits whole on every rank; see :mod:`penstock.pipe.tensor_parallel.plan`."""
+        _check_vocabulary(len(self.weight), size)
+        return {"": "gathered_columns"}
+
 
 def told(value: object) -> str:
     """What a message says of a value that was given in the place of token ids."""
@@ -226,9 +291,19 @@ def told(value: object) -> str:
 
 def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
     """Logits ``[B, S, V]`` by the token embedding's weight: the ``forward_fn`` of the tied output layer."""
+    if isinstance(embedding, TokenEmbedding):
+        return embedding.logits(x_BSD)
     weight = embedding.weight
     assert isinstance(weight, Tensor)
     return F.linear(x_BSD, weight)
+
+
+tied_logits.divisible = True  # type: ignore[attr-defined]
+
+
+def _check_vocabulary(vocabulary: int, size: int) -> None:
+    if vocabulary < size:
+        raise ValueError(f"tensor_parallel.size={size} is more than the vocabulary of {vocabulary} tokens; take fewer")
 
 
 def _linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:

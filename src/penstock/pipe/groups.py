@@ -27,8 +27,8 @@ _DEFAULT_TIMEOUT: Final = timedelta(minutes=30)
 class PipeGroups:
     """This rank's place in the topology, and a process group for each kind of talk, so that none blocks another.
 
-    Collective: every rank of the world makes one, at the same point of its program. Axes other than ``pipe`` and
-    ``data`` (a ``model`` axis) get pipelines of their own.
+    Collective: every rank of the world makes one, at the same point of its program. Every point on
+    other axes (a ``model`` axis) has a pipeline of its own.
 
     Args:
         topology: Which rank is where; needs a ``pipe`` axis, a ``data`` axis is optional.
@@ -49,9 +49,12 @@ class PipeGroups:
         num_pipe_ranks: Length of the pipeline.
         replica: Which data-parallel replica it belongs to.
         num_replicas: How many there are.
+        model_rank: Its place on the ``model`` axis.
+        num_model_ranks: The size of this axis; 1 where there is none.
         control: All ranks, gloo: losses and other small talk.
         pipeline: This pipeline's ranks, gloo: outputs of a prediction.
         replicas: The ranks that hold the same stages, for the gradient exchange.
+        model: The ranks that divide the same layers among them.
         tied: For each tie key with copies on several ranks of this pipeline, this one among them: those ranks.
         routes: For the transport, by direction.
         store: The rendezvous store, None for a world of one.
@@ -91,6 +94,8 @@ class PipeGroups:
         self.num_pipe_ranks = topology.get_dim("pipe")
         self.replica: int = getattr(place, "data", 0)
         self.num_replicas = topology.get_dim("data") or 1
+        self.model_rank: int = getattr(place, "model", 0)
+        self.num_model_ranks = topology.get_dim("model") or 1
         self.device = torch.device(device)
         self.store = None
         self._timeout = timeout
@@ -119,6 +124,7 @@ class PipeGroups:
         self.control = self._new([list(range(self.topology.world_size()))], "gloo", "control")
         self.pipeline = self._new(pipelines, "gloo", "pipeline")
         self.replicas = self._new(self.topology.get_axis_comm_lists("data"), backend, "replicas")
+        self.model = self._new(self.topology.get_axis_comm_lists("model"), backend, "model")
         self.routes: dict[str, Route] = {}
         for direction in ("F", "B"):
             frames = self._new(pipelines, "gloo", f"frames {direction}")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from penstock._core.meter import TIED, Meter
+from penstock._core.sharded import here
 from penstock._core.waiting import Watcher
 from penstock.pipe.stage import Stage
 
@@ -75,16 +76,15 @@ class TiedGradients:
                 for weight in bucket.weights:
                     for parameter in weight.copies:
                         if parameter.grad is None:
-                            parameter.grad = weight.total.clone()
-                        else:
-                            parameter.grad.copy_(weight.total)
+                            parameter.grad = torch.empty_like(parameter)
+                        here(parameter.grad).copy_(weight.total)
 
     def _start(self, bucket: _Bucket) -> dist.Work | None:
         bucket.flat.zero_()
         for weight in bucket.weights:
             for parameter in weight.copies:
                 if parameter.grad is not None:
-                    weight.total.add_(parameter.grad)
+                    weight.total.add_(here(parameter.grad))
         if bucket.group is None:
             return None
         self._meter.all_reduce(TIED, bucket.flat.nbytes, dist.get_world_size(bucket.group))
@@ -106,7 +106,8 @@ def _copies_by_name(stages: Sequence[Stage]) -> dict[tuple[str, str], list[nn.Pa
 
 def _bucket(group: dist.ProcessGroup | None, weights: list[list[nn.Parameter]]) -> _Bucket:
     first = weights[0][0]
-    sizes = [copies[0].numel() for copies in weights]
+    shapes = [here(copies[0]).shape for copies in weights]
+    sizes = [shape.numel() for shape in shapes]
     flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-    totals = [part.view(copies[0].shape) for part, copies in zip(flat.split(sizes), weights, strict=True)]
+    totals = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
     return _Bucket(group, flat, [_Weight(copies, total) for copies, total in zip(weights, totals, strict=True)])

@@ -42,6 +42,7 @@ class Cut:
         is_first: Whether this process holds the first stage and so needs inputs.
         is_last: Whether it holds the last stage and so needs targets.
         device: Where tensors go.
+        counts: Of several ranks that compute the same (those of a ``model`` axis), the one that counts it.
     """
 
     micro_batch_size: int
@@ -51,6 +52,12 @@ class Cut:
     is_first: bool
     is_last: bool
     device: torch.device
+    counts: bool = True
+
+    @property
+    def enters(self) -> bool:
+        """Whether it is this process that accounts for the samples that its replica reads."""
+        return self.is_first and self.counts
 
     @property
     def global_batch_size(self) -> int:
@@ -85,7 +92,7 @@ def from_order(dataset: Any, order: Order, collate: Collate, cut: Cut, step: Ste
         if cut.is_first or cut.is_last:
             rows = order.sample_at(planned.positions)
             inputs, targets = collate([dataset[int(row)] for row in rows])
-            if cut.is_first and planned.weight:
+            if cut.enters and planned.weight:
                 read.enter(np.arange(planned.first, planned.first + len(rows)), rows)
         positions = tuple(planned.positions.tolist())
         micro_batches.append(_micro_batch(inputs, targets, index, positions, cut, planned.weight))

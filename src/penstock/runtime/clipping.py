@@ -7,38 +7,41 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from penstock._core.meter import CONTROL, Meter
-from penstock.runtime.sharding.tensors import here, squared_norm
+from penstock._core.sharded import here
+from penstock.runtime.sharding.tensors import squared_norm
 
 
 def global_norm(
     parameters: Iterable[nn.Parameter],
     *,
     group: dist.ProcessGroup | None = None,
-    replicas: int = 1,
+    copies: int = 1,
+    part_copies: int = 1,
     meter: Meter | None = None,
 ) -> float:
     """The Euclidean norm of the gradients of all parameters on all ranks of ``group``, in float64.
 
     Args:
         parameters: This rank's share; a tied parameter belongs to one rank's share only.
-        group: The ranks of one pipeline replica, or with sharding of all replicas; None when this rank holds the whole
-            model.
-        replicas: How many replicas are in the group.
+        group: The ranks of one pipeline replica, or where layers are divided all ranks; None when this rank holds the
+            whole model.
+        copies: How many ranks of the group hold each parameter that is whole.
+        part_copies: How many hold the same part of one that is divided.
         meter: Where the bytes of the sum are counted.
     """
-    total = squares(parameters, replicas)
+    total = squares(parameters, copies=copies, part_copies=part_copies)
     work = reduced(total, group=group, meter=meter)
     if work is not None:
         work.wait()
     return float(total.sqrt())
 
 
-def squares(parameters: Iterable[nn.Parameter], replicas: int = 1) -> Tensor:
+def squares(parameters: Iterable[nn.Parameter], *, copies: int = 1, part_copies: int = 1) -> Tensor:
     """The sum of squares of this rank's share of the gradients, a float64 scalar; see :func:`global_norm`."""
     total = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
         if parameter.grad is not None:
-            total += squared_norm(parameter.grad, replicas)
+            total += squared_norm(parameter.grad, copies=copies, part_copies=part_copies)
     return total
 
 

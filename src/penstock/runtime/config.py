@@ -30,6 +30,7 @@ from penstock.runtime.config_sections import (
     PipeSection,
     ScheduleSection,
     Section,
+    TensorParallelSection,
     TrainSection,
     check_precision,
 )
@@ -67,6 +68,7 @@ class TrainConfig(Section):
         model: The reference model; None when a model object is given.
         pipe: Stages and schedule.
         data_parallel: Replicas.
+        tensor_parallel: Ranks that divide each layer among them.
         train: Batch sizes and length.
         batching: Steps that differ in samples and tokens.
         data: Paths and sequence length.
@@ -86,6 +88,7 @@ class TrainConfig(Section):
     model: ModelSection | None = None
     pipe: PipeSection = Field(default_factory=PipeSection)
     data_parallel: DataParallelSection = Field(default_factory=DataParallelSection)
+    tensor_parallel: TensorParallelSection = Field(default_factory=TensorParallelSection)
     train: TrainSection
     batching: BatchingSection = Field(default_factory=BatchingSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -123,6 +126,7 @@ class TrainConfig(Section):
         self._check_batching()
         self._check_lengths()
         self._check_exchange()
+        self.check_tensor_parallel()
         self._check_local_updates()
         self._check_dropping()
         return self
@@ -328,6 +332,41 @@ class TrainConfig(Section):
                     f"lower it (for example to {max(1, self.total_steps // 5)}) or train longer"
                 )
 
+    def check_tensor_parallel(self) -> None:
+        """Refuse what cannot be done with parts of layers.
+
+        Raises:
+            ValueError: ``tensor_parallel.size`` does not go with another section.
+        """
+        size, optimizer = self.tensor_parallel.size, self.optimizer
+        if size == 1:
+            return
+        if self.data_parallel.sharded:
+            raise ValueError(
+                f"tensor_parallel.size={size} and data_parallel.sharding={self.data_parallel.sharding} would both "
+                "divide the layers; set one of them, tensor_parallel.size: 1 or sharding: none"
+            )
+        if self.local_updates is not None:
+            raise ValueError(
+                f"tensor_parallel.size={size} divides layers, but local_updates exchanges whole ones; set "
+                "tensor_parallel.size: 1, or remove local_updates"
+            )
+        if optimizer.post_validation:
+            raise ValueError(
+                f"optimizer.post_validation adds up norms along pipelines, and tensor_parallel.size={size} divides "
+                "them over more ranks; set post_validation: false, or tensor_parallel.size: 1"
+            )
+        if self.pipe.partition_method == "profile":
+            raise ValueError(
+                "pipe.partition_method=profile measures whole layers, which no rank computes with "
+                f"tensor_parallel.size={size}; take parameters, uniform or explicit bounds"
+            )
+        if optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.name={optimizer.name} looks at whole matrices or compresses them, of which each rank has a "
+                f"part with tensor_parallel.size={size}; take name: adamw, or tensor_parallel.size: 1"
+            )
+
     def _check_local_updates(self) -> None:
         section = self.local_updates
         if section is None:
@@ -413,22 +452,24 @@ def check_world(config: TrainConfig, world_size: int) -> int:
         The number of data-parallel replicas.
 
     Raises:
-        ValueError: ``stages * replicas`` is not ``world_size``, or the replicas cannot share the global batch evenly.
+        ValueError: ``stages * replicas`` (times ``tensor_parallel.size``) is not ``world_size``, or the replicas cannot
+            share the global batch evenly.
     """
-    stages = config.pipe.stages
+    stages, size = config.pipe.stages, config.tensor_parallel.size
     replicas = config.data_parallel.replicas
+    ranks, divided = stages * size, f" * tensor_parallel.size={size}" if size > 1 else ""
     if replicas is None:
-        if world_size % stages:
+        if world_size % ranks:
             raise ValueError(
-                f"{counted(world_size, 'process', 'processes')} cannot form whole pipelines of pipe.stages={stages}; "
-                f"start a multiple of {stages} processes or change pipe.stages"
+                f"{counted(world_size, 'process', 'processes')} cannot form whole pipelines of pipe.stages={stages}"
+                f"{divided}; start a multiple of {ranks} processes or change pipe.stages"
             )
-        replicas = world_size // stages
-    elif stages * replicas != world_size:
+        replicas = world_size // ranks
+    elif ranks * replicas != world_size:
         raise ValueError(
-            f"pipe.stages={stages} * data_parallel.replicas={replicas} = "
-            f"{counted(stages * replicas, 'process', 'processes')}, but {counted(world_size, 'was', 'were')} started; "
-            f"start {stages * replicas} or change one of the two"
+            f"pipe.stages={stages} * data_parallel.replicas={replicas}{divided} = "
+            f"{counted(ranks * replicas, 'process', 'processes')}, but {counted(world_size, 'was', 'were')} started; "
+            f"start {ranks * replicas} or change one of the {'three' if divided else 'two'}"
         )
     if config.data_parallel.sharded and replicas == 1:
         raise ValueError(

@@ -170,6 +170,16 @@ class DataParallelSection(Section):
         return self
 
 
+class TensorParallelSection(Section):
+    """Layers divided over ranks, each of which computes a part of every product.
+
+    Attributes:
+        size: Ranks that share each layer; 1 divides nothing.
+    """
+
+    size: int = Field(default=1, ge=1)
+
+
 class TrainSection(Section):
     """How much to train, and when to look at it. Exactly one of ``steps`` and ``total_tokens`` is given.
 

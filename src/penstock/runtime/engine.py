@@ -144,7 +144,7 @@ class Engine:
             micro_batches, consumed = self._training_batches(data_iter, step)
             if step.tokens is None:  # otherwise the step's plan has weighed them
                 micro_batches = self._weighted(micro_batches)
-            read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.is_first else 0
+            read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.enters else 0
             result = parts.pipeline.train_step(
                 micro_batches,
                 step=progress.step,
@@ -373,6 +373,7 @@ class Engine:
         return weigh_by_tokens(
             micro_batches,
             is_last=parts.cut.is_last,
+            counts=parts.cut.counts,
             total_micro_batches=parts.cut.micro_batches * parts.cut.replicas,
             group=parts.groups.control,
             watcher=parts.watcher,
@@ -408,11 +409,12 @@ class Engine:
                 self._check_finite("largest gradient", largest(self.stage.parameters()))
             return None
         with parts.watcher.waiting("gradient norm", stage=self.stage.index):
-            sharded = self.config.data_parallel.sharded
+            groups, sharded = parts.groups, self.config.data_parallel.sharded
             norm = global_norm(
                 parts.shared.counted_here,
-                group=parts.groups.control if sharded else parts.groups.pipeline,
-                replicas=parts.groups.num_replicas if sharded else 1,
+                group=groups.control if sharded or groups.model is not None else groups.pipeline,
+                copies=groups.num_replicas * groups.num_model_ranks if sharded or groups.model is not None else 1,
+                part_copies=1 if sharded else groups.num_replicas,
                 meter=parts.meter,
             )
         self._check_finite("gradient norm", norm)

@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from penstock._core.protocols import OwnsExchange
+from penstock._core.sharded import is_sharded
 from penstock._version import __version__
 from penstock.compression import Reducer
 from penstock.data_pipeline.data_sampling import Consumed
@@ -74,14 +75,15 @@ def save(parts: Parts, progress: Progress, directory: Path, *, keep: int | None)
 
 
 def _write_layers(parts: Parts, writer: CheckpointWriter) -> None:
-    """Write this stage's layers, by its first replica; where they lie in parts on the replicas, all bring theirs."""
-    first = parts.groups.replica == 0
-    if not first and not parts.config.data_parallel.sharded:
+    """Write this stage's layers, by one of the ranks that hold it; where they lie in parts, all bring theirs."""
+    groups, sharded = parts.groups, parts.config.data_parallel.sharded
+    if groups.replica and not sharded:
         return
+    first = groups.replica == 0 and groups.model_rank == 0
     for layer, tensors in _layers(parts).items():
         with parts.watcher.waiting(f"gathering layer {layer}", stage=parts.stage.index):
             whole = {
-                name: full_tensor(tensor, group=parts.groups.replicas, meter=parts.meter)
+                name: full_tensor(tensor, group=groups.replicas if sharded else groups.model, meter=parts.meter)
                 for name, tensor in tensors.items()
             }
         if first:
@@ -147,6 +149,7 @@ def layout(parts: Parts) -> dict[str, Any]:
         "replicas": parts.groups.num_replicas,
         "bounds": None if bounds is None else list(bounds),
         **({"sharding": parts.config.data_parallel.sharding} if parts.config.data_parallel.sharded else {}),
+        **({"model": parts.groups.num_model_ranks} if parts.groups.model is not None else {}),
     }
 
 
@@ -169,6 +172,10 @@ def _check_tied(parts: Parts) -> None:
     for key, group in sorted(parts.groups.tied.items()):
         with parts.watcher.waiting(f"comparing the copies of {key}", stage=parts.stage.index):
             check_copies(tied[key], group=group, meter=parts.meter)
+    if parts.groups.model is not None:
+        whole = [(name, p) for name, p in parts.stage.canonical_parameters() if not is_sharded(p)]
+        with parts.watcher.waiting("comparing weights over the model axis", stage=parts.stage.index):
+            check_copies(whole, group=parts.groups.model, meter=parts.meter)
 
 
 def _named_tensors(parts: Parts) -> list[tuple[str, str, Tensor]]:
@@ -250,11 +257,12 @@ def _load_rank_state(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, A
 def _load_debts(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, Any]) -> bool:
     """Take over what another number of replicas of the same stages owed; says whether anybody takes it."""
     then, now = dict(state["layout"]), layout(parts)
-    dims = {"pipe": then["stages"], "data": then["replicas"]}
+    dims = {"pipe": then["stages"], "data": then["replicas"], "model": then.get("model", 1)}
     if {**then, "replicas": None} != {**now, "replicas": None}:
         return False
     topology = ProcessTopology(then["axes"], [dims.get(axis, 1) for axis in then["axes"]])
-    ranks = topology.filter_match(pipe=parts.groups.pipe_rank)
+    place = {"pipe": parts.groups.pipe_rank, "model": parts.groups.model_rank}
+    ranks = topology.filter_match(**{axis: at for axis, at in place.items() if axis in then["axes"]})
     states = [_owned(checkpoint, state, rank) for rank in ranks]
     if isinstance(parts.optimizer, OwnsExchange):
         parts.optimizer.load_error_states([owned[_OPTIMIZER] for owned in states])

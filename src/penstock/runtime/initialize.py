@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange, OwnsExchange
+from penstock._core.sharded import here, is_sharded
 from penstock._core.waiting import Watcher
 from penstock.compression import LocalGradients, ParameterRules, Reducer, create_compression_algorithm, machine_groups
 from penstock.pipe.agreement import agree
@@ -127,6 +129,10 @@ def initialize(
         stage: AnyStages = stages[0] if len(stages) == 1 else LocalStages(stages)
         stage.autocast_dtype = autocast_dtype
         copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
+        if groups.model is not None:
+            _divide(stages, groups.model, meter, watcher)
+        # What the plain run would exchange: each replica whole, but a tensor-parallel rank its part.
+        gradient_bytes = sum(here(p).nbytes for p in stage.parameters() if p.requires_grad)
         if settings.data_parallel.sharded:
             _shard(settings, stages, groups, meter, watcher)
         shared = SharedParameters.of(stage, module)
@@ -156,6 +162,7 @@ def initialize(
             is_first=stage.is_first,
             is_last=stage.is_last,
             device=process.device,
+            counts=groups.model_rank == 0,
         )
         return Engine(
             Parts(
@@ -175,7 +182,9 @@ def initialize(
                 cut=cut,
                 feed=ready.feed,
                 dropping=ready.dropping,
-                rates=Rates.of(module, stage, ready.dropping, cut, meter, groups.num_pipe_ranks),
+                rates=Rates.of(
+                    module, stage, ready.dropping, cut, meter, groups.num_pipe_ranks, gradient_bytes=gradient_bytes
+                ),
                 training_data=ready.dataset,
                 order=ready.order,
                 scaler=LossScaler(settings.fp16) if settings.precision == "fp16" else None,
@@ -295,8 +304,12 @@ def _exchange(
             backend="nccl" if groups.device.type == "cuda" else "gloo",
         )
     return Reducer(
-        # A bucket of its own for each shared weight: its other owners have other neighbours for it.
-        [shared.own, *([pair] for pair in shared.shared)],
+        # A bucket of its own for each shared weight: its other owners have other neighbours for it. Nor may what every
+        # tensor-parallel rank holds share a scale with what it has a part of; being first, it has the same key on all.
+        [
+            *([pair for pair in shared.own if is_sharded(pair[1]) is divided] for divided in (False, True)),
+            *([pair] for pair in shared.shared),
+        ],
         group=group,
         inside=inside,
         algorithm=algorithm,
@@ -307,6 +320,14 @@ def _exchange(
         meter=meter,
         watcher=watcher,
     )
+
+
+def _divide(stages: Sequence[Stage], group: dist.ProcessGroup, meter: Meter, watcher: Watcher) -> None:
+    from penstock.pipe.tensor_parallel.ranks import ModelRanks
+    from penstock.pipe.tensor_parallel.stage import divide_stage  # DTensor takes half a second to import
+
+    for stage in stages:
+        divide_stage(stage, ModelRanks(group, stage=stage.index, meter=meter, watcher=watcher))
 
 
 def _shard(config: TrainConfig, stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher) -> None:

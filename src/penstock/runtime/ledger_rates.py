@@ -47,8 +47,12 @@ class Rates:
         cut: Cut,
         meter: Meter,
         ranks: int,
+        gradient_bytes: int,
     ) -> "Rates":
-        """The rates of one of ``ranks`` pipeline ranks; FLOPs are counted for the layers of the reference models."""
+        """The rates of one of ``ranks`` pipeline ranks; FLOPs are counted for the layers of the reference models.
+
+        Of ranks that compute parts of the same layers one enters the whole of them.
+        """
         layers = tuple(index for index, _ in stage.canonical_modules())
         formulas: dict[int, LayerFlops] = {}
         if module is not None:
@@ -62,7 +66,6 @@ class Rates:
             recomputed=layers if stage.activation_checkpoint_interval else (),
             plain_bubble=(ranks - 1) / (cut.micro_batches + ranks - 1),
         )
-        gradient_bytes = sum(p.numel() * p.element_size() for p in stage.parameters() if p.requires_grad)
         dropping_layers = frozenset() if dropping is None else dropping.layers
         return cls(ledger, layers, dropping_layers, gradient_bytes, cut)
 
@@ -80,7 +83,7 @@ class Rates:
         """
         cut, ledger = self.cut, self.ledger
         here = Counter(shapes[index] for index in cut.indices())
-        if cut.is_first:
+        if cut.enters:
             # Each replica enters its share: padding is spread over them as the computed tokens are.
             everywhere = sum(shape.rows * shape.length for shape in shapes)
             computed = sum(count * shape.rows * shape.length for shape, count in here.items())
@@ -89,7 +92,7 @@ class Rates:
             ledger.count_read(
                 sum(count * shape.rows for shape, count in here.items()), read, plain_tokens=read + plain - computed
             )
-        for layer in self.layers:
+        for layer in self.layers if cut.counts else ():
             for shape, count in here.items():
                 ledger.count_layer(
                     layer,

@@ -39,6 +39,7 @@ def weigh_by_tokens(
     batches: Sequence[MicroBatch],
     *,
     is_last: bool,
+    counts: bool,
     total_micro_batches: int,
     group: dist.ProcessGroup | None,
     watcher: Watcher,
@@ -49,6 +50,7 @@ def weigh_by_tokens(
     Args:
         batches: This replica's micro-batches.
         is_last: Whether this rank holds the last stage, where losses are computed.
+        counts: Whether it is the one to count them, of several ranks that compute the same losses.
         total_micro_batches: Over all replicas.
         group: All ranks, on gloo; None for a world of one.
         watcher: Told of the wait.
@@ -57,8 +59,8 @@ def weigh_by_tokens(
     Raises:
         ValueError: No micro-batch of the global batch has a token.
     """
-    counts = [count_labels(batch.targets) if is_last else 0 for batch in batches]
-    total = torch.tensor(sum(counts), dtype=torch.int64)
+    labels = [count_labels(batch.targets) if is_last else 0 for batch in batches]
+    total = torch.tensor(sum(labels) if counts else 0, dtype=torch.int64)
     if group is not None:
         with watcher.waiting("number of real tokens in the global batch"):
             dist.all_reduce(total, group=group)
@@ -73,5 +75,5 @@ def weigh_by_tokens(
         return list(batches)
     return [
         replace(batch, weight=batch.weight * (n * total_micro_batches / tokens))
-        for batch, n in zip(batches, counts, strict=True)
+        for batch, n in zip(batches, labels, strict=True)
     ]

@@ -83,7 +83,7 @@ def train(
     if config_path is None:
         demo.prepare_corpus((output or DEFAULT_OUTPUT) / CORPUS_NAME, _say)
     # What can be refused is refused here, once, and not by every process.
-    processes = config.pipe.stages * (config.data_parallel.replicas or 1)
+    processes = config.pipe.stages * config.tensor_parallel.size * (config.data_parallel.replicas or 1)
     ready = prepare(reference_model(config), config, world_size=processes)
     if ready.order is not None and ready.order.paced and (config.data.heldout is None or not config.train.eval_every):
         raise ValueError(

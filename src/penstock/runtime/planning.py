@@ -39,6 +39,11 @@ def read_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
         raise ValueError("the configuration needs a model section; a model of your own is planned from Python")
     if config.data.train is None:
         raise ValueError("layers are measured on training data: set data.train, a .bin/.idx prefix")
+    if config.tensor_parallel.size > 1:
+        raise ValueError(
+            f"tensor_parallel.size={config.tensor_parallel.size}: layers are measured whole, which no rank of that run "
+            "computes; plan with --set tensor_parallel.size=1 for the order of the candidates"
+        )
     if config.batching.token_budget is not None or config.batching.sizes or config.batching.sequence_length:
         raise ValueError(
             "a plan is made for steps that are all alike, which those of the batching section are not; plan with "

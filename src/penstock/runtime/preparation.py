@@ -21,7 +21,8 @@ from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.schedule import SCHEDULES, Schedule, get_schedule
 from penstock.pipe.schedule.actions import W_CODE
-from penstock.pipe.topology import PipeDataParallelTopology, ProcessTopology
+from penstock.pipe.tensor_parallel.plan import check_plans
+from penstock.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
 from penstock.runtime.config import TrainConfig, check_world, load_config
 from penstock.runtime.dropping import Dropping
 from penstock.runtime.feed import Feed
@@ -87,7 +88,7 @@ def prepare(
     Raises:
         ValueError: Something does not fit; the message has the numbers and the remedy.
     """
-    settings = _ranked(model, load_config(config))
+    settings = _divided(model, _ranked(model, load_config(config)))
     replicas = check_world(settings, world_size)
     micro_batches = settings.micro_batches(replicas)
     pipe = settings.pipe
@@ -105,6 +106,7 @@ def prepare(
         if measured:  # until then, for what does not depend on it
             module = module.divided_by("parameters", pipe_schedule.num_stages)
         _check_stages(module)
+    _check_tensor_parallel(settings, model, optimizer)
     _check_optimizer(model, optimizer, settings)
     _check_sharding(settings, pipe_schedule, optimizer)
     _check_muon(settings, optimizer)
@@ -149,6 +151,40 @@ def _check_sharding(config: TrainConfig, schedule: Schedule, optimizer: Any) -> 
             f"{type(optimizer).__name__} does not hold; give a factory, such as "
             "lambda groups: torch.optim.AdamW(groups, lr=1e-3)"
         )
+
+
+def _divided(model: Any, config: TrainConfig) -> TrainConfig:
+    """The configuration with the size of the ``model`` axis, if the model's topology has one."""
+    topology = model.topology if isinstance(model, PipelineModule) else None
+    size = 0 if topology is None else topology.get_dim("model")
+    if not size or size == config.tensor_parallel.size:
+        return config
+    if "tensor_parallel" in config.model_fields_set:
+        raise ValueError(
+            f"the model's topology {topology!r} has model={size}, but the configuration says "
+            f"tensor_parallel.size={config.tensor_parallel.size}; make them equal, or leave one out"
+        )
+    section = config.tensor_parallel.model_copy(update={"size": size})
+    config = config.model_copy(update={"tensor_parallel": section})
+    config.check_tensor_parallel()
+    return config
+
+
+def _check_tensor_parallel(config: TrainConfig, model: Any, optimizer: Any) -> None:
+    size = config.tensor_parallel.size
+    if size == 1:
+        return
+    if not isinstance(model, PipelineModule):
+        raise ValueError(
+            f"tensor_parallel.size={size} divides layers that say how, but a plain {type(model).__name__} is one "
+            "layer; describe it as PipelineModule(layers), or set tensor_parallel.size: 1"
+        )
+    if optimizer is not None:
+        raise ValueError(
+            f"tensor_parallel.size={size} gives the optimizer parts of matrices, which is known to be right for "
+            "optimizer.name: adamw only; leave the optimizer argument out, or set tensor_parallel.size: 1"
+        )
+    check_plans(model.specs, size)
 
 
 def _ranked(model: Any, config: TrainConfig) -> TrainConfig:
@@ -206,13 +242,21 @@ def _check_stages(module: PipelineModule) -> None:
 
 def _topology(config: TrainConfig, module: PipelineModule | None, replicas: int) -> ProcessTopology:
     topology = None if module is None else module.topology
+    size = config.tensor_parallel.size
     if topology is None:
+        if size > 1:
+            return PipeModelDataParallelTopology(num_pp=config.pipe.stages, num_mp=size, num_dp=replicas)
         return PipeDataParallelTopology(num_pp=config.pipe.stages, num_dp=replicas)
+    if size > 1 and topology.get_dim("model") != size:
+        raise ValueError(
+            f"the model's topology {topology!r} has no axis 'model' of size {size}, which tensor_parallel.size={size} "
+            "needs; leave the topology out, or take PipeModelDataParallelTopology"
+        )
     for axis in topology.get_axis_names():
-        if axis not in ("pipe", "data") and topology.get_dim(axis) > 1:
+        if axis not in ("pipe", "data", "model") and topology.get_dim(axis) > 1:
             raise ValueError(
                 f"the model's topology {topology!r} has an axis {axis!r} of size {topology.get_dim(axis)}, over which "
-                "nothing is divided here; give a topology of pipe and data, or none"
+                "nothing is divided here; give a topology of pipe, data and model, or none"
             )
     if max(1, topology.get_dim("data")) != replicas:
         raise ValueError(

@@ -5,13 +5,14 @@ from typing import Any
 
 from rich.table import Table
 
-from penstock._core.meter import ACTIVATIONS, CONTROL, REPLICAS, TIED
+from penstock._core.meter import ACTIVATIONS, CONTROL, MODEL, REPLICAS, TIED
 from penstock.runtime.units import percent, quantity
 
 _KIND_TITLES = {
     REPLICAS: "between replicas",
     TIED: "tied weights",
     ACTIVATIONS: "activations",
+    MODEL: "tensor parallel",
     CONTROL: "control",
 }
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from penstock._core.meter import CONTROL, Meter
+from penstock._core.sharded import here
 
 
 class TiedCopiesError(RuntimeError):
@@ -49,5 +50,5 @@ def check_copies(
 
 
 def _digest(parameter: nn.Parameter) -> bytes:
-    data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    data = here(parameter).detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(data.numpy().tobytes()).digest()

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_manifest, sha256_of
+from penstock._core.sharded import here
 from penstock.runtime.checkpoint.names import FORMAT, FORMAT_VERSION, STATE_NAME, layer_file, rank_file, step_name
-from penstock.runtime.sharding.tensors import here, local_part
+from penstock.runtime.sharding.tensors import local_part
 
 
 class Checkpoint:

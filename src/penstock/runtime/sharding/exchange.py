@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from penstock._core.protocols import GradientExchange
+from penstock._core.sharded import here, is_sharded
 from penstock.pipe.stage import Stage
-from penstock.runtime.sharding.tensors import here, is_sharded
 
 
 class ShardedGradients:
