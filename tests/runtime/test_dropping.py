@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import penstock
 from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop
 from penstock.data_pipeline.random_ltd.protect import MarkProtectedTokens
+from penstock.pipe import LayerSpec, PipelineModule
 from penstock.runtime.config import load_config
 from penstock.runtime.dropping import Dropping, block_indices
 from support.pool import WorkerPool
@@ -88,7 +90,7 @@ def test_a_learning_rate_by_layer_tokens() -> None:
     decay = [1 - (before[step] - before[2]) / (before[8] - before[2]) for step in range(2, 8)]
     assert rates == pytest.approx([1e-3 * before[1] / before[2], 1e-3, *(1e-3 * one for one in decay)])
     assert count == before[8]
-    section = {
+    section: dict[str, Any] = {
         "total_layer_num": 4,
         "random_ltd_layer_num": 2,
         "random_ltd_layer_id": [1, 2],
@@ -107,6 +109,9 @@ def test_a_learning_rate_by_layer_tokens() -> None:
     settings = config(steps=8, random_ltd=section)
     del settings["schedule"]
     assert rates_of(settings)[0] == pytest.approx(rates)
+    section["layer_token_lr_schedule"]["warmup_type"] = "log"
+    first = 1e-3 * math.log(1 + before[1]) / math.log(1 + before[2])
+    assert rates_of(settings)[0] == pytest.approx([first, *rates[1:]])
 
 
 def test_the_clock_of_layer_tokens_goes_on_where_a_checkpoint_stood(tmp_path: Path) -> None:
@@ -184,3 +189,12 @@ def test_protected_tokens_need_token_ids_and_layers_that_pass_a_dict_on() -> Non
         marking(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="must be integers"):
         marking({"hidden": torch.zeros(2, 3, 4)})
+
+
+def test_protected_tokens_are_not_looked_for_in_hidden_states() -> None:
+    blocks = PipelineModule([LayerSpec(torch.nn.Linear, 8, 8) for _ in range(3)], loss_fn=torch.nn.functional.mse_loss)
+    section = {"layers": [0, 1], "min_tokens": 8, "steps": 8}
+    settings = load_config(config(steps=8, random_ltd={**section, "document_separator": 3}))
+    with pytest.raises(ValueError, match="take block 0 out of random_ltd.layers"):
+        Dropping(settings, blocks)
+    assert Dropping(load_config(config(steps=8, random_ltd=section)), blocks).layers == {0, 1}

@@ -36,7 +36,8 @@ class Dropping:
         layers: Canonical indices of the layers that drop.
 
     Raises:
-        ValueError: The section names blocks that the model does not have, or the sequence length is unknown.
+        ValueError: The section names blocks that the model does not have, the sequence length is unknown, or there is no
+            layer before the blocks to find protected tokens in.
     """
 
     def __init__(self, config: TrainConfig, module: PipelineModule) -> None:
@@ -53,6 +54,12 @@ class Dropping:
         self._scheduler = RandomLTDScheduler(section)
         self._mark: partial[MarkProtectedTokens] | None = None
         if given.protect_tokens or given.document_separator is not None:
+            if 0 in self.layers:
+                raise ValueError(
+                    "random_ltd.protect_tokens and document_separator are looked for in what the model's first layer "
+                    "takes, token ids; here that layer is a block which drops tokens itself. Give the model a first "
+                    "layer that embeds token ids and returns a dict, or take block 0 out of random_ltd.layers"
+                )
             self._mark = partial(
                 MarkProtectedTokens, token_ids=given.protect_tokens, separator_id=given.document_separator
             )

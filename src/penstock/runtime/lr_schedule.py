@@ -16,7 +16,7 @@ from penstock.runtime.config_sections import DECAYS
 
 @dataclass(frozen=True, slots=True)
 class LRSchedule:
-    """Linear warm-up to ``peak``, then decay to ``min_ratio * peak`` (cosine: Loshchilov and Hutter, "SGDR", 2017).
+    """Warm-up to ``peak``, then decay to ``min_ratio * peak`` (cosine: Loshchilov and Hutter, "SGDR", 2017).
 
     Attributes:
         peak: Learning rate at the end of warm-up.
@@ -26,6 +26,7 @@ class LRSchedule:
         min_ratio: Final rate over the peak, in ``[0, 1]``; without effect when ``decay`` is ``constant``.
         by: What its tokens are: ``tokens`` read, or ``layer_tokens``: computed, summed over the blocks (Yao et al.,
             "Random-LTD", arXiv:2211.11586: while tokens are dropped, a step counts for less).
+        warmup: ``linear``, or ``log``: with the logarithm of the tokens.
     """
 
     peak: float
@@ -34,6 +35,7 @@ class LRSchedule:
     decay: str = "cosine"
     min_ratio: float = 0.1
     by: str = "tokens"
+    warmup: str = "linear"
 
     def __post_init__(self) -> None:
         if not (self.peak > 0 and math.isfinite(self.peak)):
@@ -55,7 +57,7 @@ class LRSchedule:
 
         Args:
             tokens: Tokens consumed so far, at least 0. During a warm-up of ``w`` tokens the rate is
-                ``peak * tokens / w``; a step from 0 tokens would learn nothing, so callers ask at the *end* of a step
+                ``peak * tokens / w``, or ``peak * log(1 + tokens) / log(1 + w)``; a step from 0 tokens would learn nothing, so callers ask at the *end* of a step
                 (:meth:`lr_for_step`) where that matters.
 
         Returns:
@@ -64,6 +66,8 @@ class LRSchedule:
         if tokens < 0:
             raise ValueError(f"tokens consumed cannot be negative, got {tokens}")
         if tokens < self.warmup_tokens:
+            if self.warmup == "log":
+                return self.peak * math.log1p(tokens) / math.log1p(self.warmup_tokens)
             return self.peak * tokens / self.warmup_tokens
         if self.decay == "constant":
             return self.peak
@@ -113,6 +117,7 @@ def lr_schedule(
             deepspeeds.decay_type,
             deepspeeds.min_ratio,
             by="layer_tokens",
+            warmup=deepspeeds.warmup_type or "linear",
         )
     section = config.schedule
     in_steps: Callable[[int], int] = per_step.__mul__

@@ -86,9 +86,6 @@ class RandomLTDSection(Section):
             raise ValueError(f"growth: {self.growth} with root_degree={self.root_degree}; give it with root only")
         if self.end is not None and self.end <= self.start:
             raise ValueError(f"end={self.end} is not after start={self.start}")
-        lr = self.layer_token_lr_schedule
-        if lr is not None and lr.enabled and lr.warmup_type == "log":
-            raise ValueError("layer_token_lr_schedule.warmup_type: 'log': the warm-up of a run is linear")
         if not isinstance(self.layers, str):
             if not self.layers:
                 raise ValueError("layers is empty; name the blocks that drop tokens, or set enabled: false")
