@@ -36,8 +36,8 @@ class Dropping:
         layers: Canonical indices of the layers that drop.
 
     Raises:
-        ValueError: The section names blocks that the model does not have, the sequence length is unknown, or there is no
-            layer before the blocks to find protected tokens in.
+        ValueError: The section names blocks that the model does not have, the sequence length is unknown, or there
+            is no layer before the blocks to find protected tokens in.
     """
 
     def __init__(self, config: TrainConfig, module: PipelineModule) -> None:

@@ -57,8 +57,8 @@ class LRSchedule:
 
         Args:
             tokens: Tokens consumed so far, at least 0. During a warm-up of ``w`` tokens the rate is
-                ``peak * tokens / w``, or ``peak * log(1 + tokens) / log(1 + w)``; a step from 0 tokens would learn nothing, so callers ask at the *end* of a step
-                (:meth:`lr_for_step`) where that matters.
+                ``peak * tokens / w``, or ``peak * log(1 + tokens) / log(1 + w)``; a step from 0 tokens would learn
+                nothing, so callers ask at the *end* of a step (:meth:`lr_for_step`) where that matters.
 
         Returns:
             The rate, in ``[0, peak]``.
