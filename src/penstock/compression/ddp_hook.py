@@ -84,7 +84,8 @@ class DDPCompression:
         """Start one bucket's reduction; the last bucket of a step finishes them all."""
         buffer = bucket.buffer()
         slot = self._slot_for(bucket)
-        slot.flat.copy_(buffer)
+        if slot.flat.data_ptr() != buffer.data_ptr():
+            slot.flat.copy_(buffer)
         reduction = slot.compressed if self.step >= self.warmup_steps else slot.plain
         reduction.start(self.step)
         for earlier in self._in_flight:
@@ -126,8 +127,10 @@ class DDPCompression:
         numbers = tuple(self._numbers.setdefault(p, len(self._numbers)) for p in bucket.parameters())
         slot = self._slots.get(index)
         if slot is None or slot.numbers != numbers or slot.flat.numel() != buffer.numel():
-            slot = self._slots[index] = self._new_slot(bucket, numbers)
+            slot = self._slots[index] = self._new_slot(bucket, numbers, None)
             self._take_loaded(f"bucket_{index:03d}", slot)
+        elif slot.flat.dtype == buffer.dtype and slot.flat.data_ptr() != buffer.data_ptr():
+            slot = self._slots[index] = self._new_slot(bucket, numbers, slot.memory)
         return slot
 
     def _take_loaded(self, name: str, slot: "_Slot") -> None:
@@ -139,15 +142,16 @@ class DDPCompression:
             if saved is not None and saved.shape == memory.shape:
                 memory.copy_(saved)
 
-    def _new_slot(self, bucket: GradBucket, numbers: tuple[int, ...]) -> "_Slot":
+    def _new_slot(self, bucket: GradBucket, numbers: tuple[int, ...], memory: ErrorMemory | None) -> "_Slot":
         buffer, parts, start = bucket.buffer(), [], 0
         for parameter in bucket.parameters():
             parts.append(Part(start, tuple(parameter.shape)))
             start += parameter.numel()
         compresses = self._algorithm is not None and not self._algorithm.lossless
-        flat = torch.zeros_like(buffer, dtype=memory_dtype(buffer.dtype) if compresses else buffer.dtype)
-        memory = None
-        if self._error_feedback:
+        dtype = memory_dtype(buffer.dtype) if compresses else buffer.dtype
+        # DDP keeps a bucket's buffer from step to step: where its precision will do, it is reduced in place.
+        flat = buffer if dtype == buffer.dtype else torch.zeros_like(buffer, dtype=dtype)
+        if self._error_feedback and memory is None:
             memory = ErrorMemory.for_tensor(flat, self._group, algorithm=self._algorithm, rule=self._rule, parts=parts)
         make = partial(make_reduction, flat, group=self._group, meter=self._meter, watcher=self._watcher)
         factor = 1.0 / ranks_of(self._group)
@@ -189,5 +193,6 @@ class _Launched:
 
     def finish(self) -> None:
         self.reduction.wait()
-        self.buffer.copy_(self.flat)
+        if self.flat.data_ptr() != self.buffer.data_ptr():
+            self.buffer.copy_(self.flat)
         self.future.set_result(self.buffer)
