@@ -44,6 +44,11 @@ class LocalStages(nn.Module):
         return self.parts[0].activation_checkpoint_interval
 
     @property
+    def recomputed(self) -> frozenset[int]:
+        """Those of all stages."""
+        return frozenset().union(*(stage.recomputed for stage in self.parts))
+
+    @property
     def autocast_dtype(self) -> torch.dtype | None:
         """As each stage's."""
         return self.parts[0].autocast_dtype

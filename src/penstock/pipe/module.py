@@ -14,6 +14,7 @@ from penstock._core.keys import derive, seed_torch
 from penstock.pipe.layer_facts import LayerFacts
 from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec, callable_name, layer_name
 from penstock.pipe.partition import MEASURED, check_method, check_num_stages, partition
+from penstock.pipe.recomputed_layers import check_recomputed
 from penstock.pipe.stage import FunctionLayer, Stage
 from penstock.pipe.ties import find_ties
 from penstock.pipe.topology import ProcessTopology
@@ -51,6 +52,8 @@ class PipelineModule:
             ``penstock.initialize`` measures the layers first), or explicit bounds such as ``[0, 4, 9]``.
         activation_checkpoint_interval: Recompute the activations of groups of this many layers in the backward pass;
             0 keeps all.
+        activation_checkpoint_layers: Recompute those of the layers of these classes (by name), each by itself, and keep
+            the others'; in place of an interval.
 
     Attributes:
         specs: The layers as given.
@@ -76,17 +79,13 @@ class PipelineModule:
         base_seed: int = 1234,
         partition_method: str | Sequence[int] = "parameters",
         activation_checkpoint_interval: int = 0,
+        activation_checkpoint_layers: Sequence[str] = (),
     ) -> None:
         self.specs = _checked_layers(layers)
         if loss_fn is not None and not callable(loss_fn):
             raise ValueError(f"loss_fn must be a callable (output, targets), got {type(loss_fn).__name__}")
         if seed_fn is not None and not seed_layers:
             raise ValueError("seed_fn is called only with seed_layers=True; set it, or drop seed_fn")
-        if not _is_integer(activation_checkpoint_interval) or activation_checkpoint_interval < 0:
-            raise ValueError(
-                f"activation_checkpoint_interval must be 0 (keep all activations) or a number of layers, "
-                f"got {activation_checkpoint_interval!r}"
-            )
         self.loss_fn = loss_fn
         self.seed_layers = seed_layers
         self.seed_fn = seed_fn
@@ -97,6 +96,9 @@ class PipelineModule:
         self.num_stages = _number_of_stages(num_stages, topology, self.partition_method)
         names = [_type_name(layer) for layer in self.specs]
         check_method(self.partition_method, names)
+        self.activation_checkpoint_layers = check_recomputed(
+            activation_checkpoint_interval, activation_checkpoint_layers, names
+        )
         if self.num_stages is not None:
             check_num_stages(self.num_stages, self.num_layers)
         facts = [self._facts(index) for index in range(self.num_layers)]
@@ -149,6 +151,14 @@ class PipelineModule:
         other.partition_method = method if isinstance(method, str) else tuple(method)
         other.num_stages = num_stages
         other.bounds = other._bounds(num_stages)
+        return other
+
+    def recomputing(self, interval: int, layers: Sequence[str] = ()) -> "PipelineModule":
+        """The same model with other activations recomputed; errors as for the constructor."""
+        other = copy.copy(self)
+        names = [_type_name(layer) for layer in self.specs]
+        other.activation_checkpoint_layers = check_recomputed(interval, layers, names)
+        other.activation_checkpoint_interval = interval
         return other
 
     def type_name(self, layer: int) -> str:
@@ -204,6 +214,7 @@ class PipelineModule:
             ties=tuple(self._ties.values()),
             forward_fns=forward_fns,
             activation_checkpoint_interval=self.activation_checkpoint_interval,
+            recomputed=[i for i in range(start, stop) if self.type_name(i) in self.activation_checkpoint_layers],
             device=torch.device(device),
         )
 

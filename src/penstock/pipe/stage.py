@@ -1,6 +1,6 @@
 """The layers that one pipeline stage holds."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple, Self
@@ -66,6 +66,8 @@ class Stage(nn.Module):
         start: Canonical index of the first layer here.
         stop: One past the last.
         layers: The layers by ``str(canonical index)``, as they are called (wrapped, where :meth:`wrap_layers` did so).
+        activation_checkpoint_interval: Layers of a group that is recomputed in the backward pass; 0 forms no groups.
+        recomputed: Without groups, the canonical indices of the layers that are recomputed, each by itself.
         autocast_dtype: What torch's autocast computes matrix products in, with weights and gradients in their own
             type; None casts nothing.
     """
@@ -80,6 +82,7 @@ class Stage(nn.Module):
         ties: Sequence[Tie] = (),
         forward_fns: Mapping[int, Callable[[nn.Module, Any], Any]] | None = None,
         activation_checkpoint_interval: int = 0,
+        recomputed: Collection[int] = (),
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +91,7 @@ class Stage(nn.Module):
         self.start = start
         self.stop = start + len(modules)
         self.activation_checkpoint_interval = activation_checkpoint_interval
+        self.recomputed = frozenset(recomputed)
         self.autocast_dtype: torch.dtype | None = None
         # Kept, as looking for a parameter in every forward pass takes longer than a small layer.
         self._device = device
@@ -140,12 +144,12 @@ class Stage(nn.Module):
         Returns:
             What the last layer here returned.
         """
-        interval = self.activation_checkpoint_interval if torch.is_grad_enabled() else 0
-        if interval == 0 and cuts is None:
+        recompute = torch.is_grad_enabled() and (self.activation_checkpoint_interval or self.recomputed)
+        if not recompute and cuts is None:
             return self._run(self.start, self.stop, value, key)
-        for start in range(self.start, self.stop, interval or 1):
-            stop = min(start + (interval or 1), self.stop)
-            run = self._checkpointed if interval else self._run
+        for start, stop in self._groups():
+            again = recompute and (self.activation_checkpoint_interval or start in self.recomputed)
+            run = self._checkpointed if again else self._run
             value = run(start, stop, value, key)
             if cuts is not None and not cuts and stop < self.stop:
                 value = _cut(value, cuts)
@@ -207,6 +211,12 @@ class Stage(nn.Module):
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """The layers that run, are recomputed and are cut together, as bounds."""
+        size = self.activation_checkpoint_interval or 1
+        for start in range(self.start, self.stop, size):
+            yield start, min(start + size, self.stop)
 
     def _run(self, start: int, stop: int, value: Any, key: BatchKey | None) -> Any:
         if self.autocast_dtype is None:

@@ -100,6 +100,8 @@ class PipeSection(Section):
         partition_method: ``parameters``, ``uniform``, ``type:REGEX``, ``profile`` (layers are measured first), or
             explicit bounds (``stages * chunks + 1`` layer numbers).
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
+        activation_checkpoint_layers: Class names of the layers that are recomputed, each by itself, in place of an
+            interval.
     """
 
     stages: int = Field(default=1, ge=1)
@@ -107,6 +109,7 @@ class PipeSection(Section):
     chunks: int | None = Field(default=None, ge=1)
     partition_method: str | tuple[int, ...] = "parameters"
     activation_checkpoint_interval: int = Field(default=0, ge=0)
+    activation_checkpoint_layers: tuple[str, ...] = ()
 
     @field_validator("schedule")
     @classmethod

@@ -63,7 +63,7 @@ class Rates:
         ledger = Ledger(
             meter,
             layer_flops=formulas,
-            recomputed=layers if stage.activation_checkpoint_interval else (),
+            recomputed=layers if stage.activation_checkpoint_interval else tuple(sorted(stage.recomputed)),
             plain_bubble=(ranks - 1) / (cut.micro_batches + ranks - 1),
         )
         dropping_layers = frozenset() if dropping is None else dropping.layers

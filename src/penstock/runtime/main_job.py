@@ -201,6 +201,7 @@ def reference_model(config: TrainConfig) -> PipelineModule:
         base_seed=config.seed,
         partition_method=config.pipe.partition_method,
         activation_checkpoint_interval=config.pipe.activation_checkpoint_interval,
+        activation_checkpoint_layers=config.pipe.activation_checkpoint_layers,
     )
 
 

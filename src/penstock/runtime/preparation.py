@@ -95,7 +95,7 @@ def prepare(
     pipe_schedule = get_schedule(pipe.schedule, pipe.stages, micro_batches, pipe.chunks)
     module = None
     if isinstance(model, PipelineModule):
-        module = model.partitioned(pipe.stages, pipe_schedule.num_stages)
+        module = _recomputing(settings, model).partitioned(pipe.stages, pipe_schedule.num_stages)
     elif pipe_schedule.num_stages != 1:
         raise ValueError(
             f"schedule {pipe.schedule!r} divides the model into {pipe_schedule.num_stages} stages, but a plain "
@@ -151,6 +151,22 @@ def _check_sharding(config: TrainConfig, schedule: Schedule, optimizer: Any) -> 
             f"{type(optimizer).__name__} does not hold; give a factory, such as "
             "lambda groups: torch.optim.AdamW(groups, lr=1e-3)"
         )
+
+
+def _recomputing(config: TrainConfig, model: PipelineModule) -> PipelineModule:
+    """The model, recomputing what the configuration says, if it says anything."""
+    pipe = config.pipe
+    asked = (pipe.activation_checkpoint_interval, pipe.activation_checkpoint_layers)
+    given = (model.activation_checkpoint_interval, model.activation_checkpoint_layers)
+    if asked in ((0, ()), given):
+        return model
+    if given != (0, ()):
+        raise ValueError(
+            f"the model was made with activation_checkpoint_interval={given[0]} and activation_checkpoint_layers="
+            f"{list(given[1])}, but the configuration's pipe section says {asked[0]} and {list(asked[1])}; say it in "
+            "one place"
+        )
+    return model.recomputing(*asked)
 
 
 def _divided(model: Any, config: TrainConfig) -> TrainConfig:

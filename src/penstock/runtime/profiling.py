@@ -79,6 +79,7 @@ class Profiler:
         divided = self.module.divided_by(bounds, self.groups.num_pipe_ranks)
         self._stage = divided.build_stage(self.groups.pipe_rank, device=self.device, dtype=self.dtype)
         self._stage.activation_checkpoint_interval = 0
+        self._stage.recomputed = frozenset()
         self._stage.autocast_dtype = self.autocast_dtype
         self._meter = Meter()
         self._rounds = 0
