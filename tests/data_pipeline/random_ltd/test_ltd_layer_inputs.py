@@ -79,6 +79,11 @@ def test_rotary_angles_of_every_shape(shape):
         assert torch.equal(ours, moved)
 
 
+def test_rotary_angles_beside_one_row():
+    cos = torch.randn(1, 1, S, 4)
+    assert torch.equal(kept(indices=INDICES[:1]).inputs("cos", cos), cos[:, :, INDICES[0].long()])
+
+
 def test_sequence_first_rotary_angles():
     freqs = torch.randn(S, 1, 1, 4)
     out = kept(batch_first=False).inputs("rotary_pos_emb", freqs)
