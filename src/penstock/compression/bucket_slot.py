@@ -27,7 +27,6 @@ class BucketSlot:
         algorithm: CompressionAlgorithm | None,
         group: dist.ProcessGroup | None,
         *,
-        key: int,
         feedback: bool | FeedbackRule,
         masks: Mapping[str, Tensor],
         inside: dist.ProcessGroup | None,
@@ -50,7 +49,11 @@ class BucketSlot:
                 parts=bucket.parts,
                 inside=inside,
             )
-        self.chunk_start = chunk_bounds(bucket.numel, ranks_of(group))[rank_in(group)][0]
+        self._shard = slice(0, bucket.numel)
+        if inside is not None:
+            self._shard = slice(*chunk_bounds(bucket.numel, ranks_of(inside))[rank_in(inside)])
+        shard = self._shard.stop - self._shard.start
+        self.chunk_start = chunk_bounds(shard, ranks_of(group))[rank_in(group)][0]
         self._mask = _flat_mask(bucket, masks) if algorithm is not None else None
         self._compressed = make_reduction(
             self._flat,
@@ -59,7 +62,7 @@ class BucketSlot:
             memory=self.memory,
             parts=bucket.parts,
             inside=inside,
-            key=key,
+            key=bucket.key,
             meter=meter,
             watcher=watcher,
         )
@@ -90,10 +93,10 @@ class BucketSlot:
         """The result into every ``.grad``; what a mask cuts off is neither sent nor owed."""
         if self._mask is not None:
             self._flat.mul_(self._mask)
-            if self.memory is not None and self.memory.worker.numel() == self._mask.numel():
-                self.memory.worker.mul_(self._mask)
-                stop = self.chunk_start + self.memory.server.numel()
-                self.memory.server.mul_(self._mask[self.chunk_start : stop])
+            if self.memory is not None:
+                mask = self._mask[self._shard]
+                self.memory.worker.mul_(mask)
+                self.memory.server.mul_(mask[self.chunk_start : self.chunk_start + self.memory.server.numel()])
         for parameter, view in zip(self.bucket.parameters, self._views, strict=True):
             if not parameter.requires_grad:
                 continue

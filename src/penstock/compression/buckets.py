@@ -1,6 +1,7 @@
 """Many small tensors as a few flat buffers, so that a collective or a compressor handles them together."""
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -44,6 +45,11 @@ class Bucket:
     def parts(self) -> list[Part]:
         """Where the parameters lie, and their shapes."""
         return [Part(start, tuple(here(p).shape)) for start, p in zip(self.offsets, self.parameters, strict=True)]
+
+    @property
+    def key(self) -> int:
+        """What keys random choices in it: its shapes, which the copies of a tied weight share on all stages."""
+        return zlib.crc32(repr([tuple(parameter.shape) for parameter in self.parameters]).encode())
 
     def new_flat(self) -> Tensor:
         """A buffer of zeros, ``[numel]``."""

@@ -1,7 +1,7 @@
 """What one rank owes to the others, or knows of them, in a compressed reduction."""
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Final, Self
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from penstock.compression.algorithms.powersgd import PowerSGD
 from penstock.compression.chunks import Part, chunk_bounds
 from penstock.compression.error_feedback import CLASSIC, FeedbackRule, memory_dtype
 from penstock.compression.group import rank_in, ranks_of
+
+_START: Final = "start_"
 
 
 class ErrorMemory:
@@ -119,5 +121,15 @@ class ErrorMemory:
             named["server"] = self.server
         if self.result is not None:
             named["result"] = self.result
-        named.update({f"start_{index:03d}": start for index, start in enumerate(self.starts)})
+        named.update({f"{_START}{index:03d}": start for index, start in enumerate(self.starts)})
         return named
+
+
+def empty_memories(named: Mapping[str, Tensor]) -> None:
+    """Owe nothing: zeros in what :meth:`ErrorMemory.tensors` gave, under any prefix; where iterations start stays.
+
+    (From zeros an iteration of PowerSGD would see nothing but the first rows of a matrix.)
+    """
+    for name, memory in named.items():
+        if not name.rpartition(".")[2].startswith(_START):
+            memory.zero_()

@@ -76,6 +76,11 @@ class CompressionModule:
         self._calls: dict[str, int] = {}
         if self.error_feedback:
             algorithm.check_feedback()
+            if isinstance(algorithm, PowerSGD) and self._rule.kind == "ef21":
+                raise ValueError(
+                    "powersgd starts each step from the last one's factors, which EF21's differences would mislead; "
+                    "take classic error feedback"
+                )
 
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Compress and decompress: a new tensor of the same shape and dtype, as a receiver would see it."""
@@ -151,7 +156,7 @@ class CompressionModule:
         payload = algorithm.compress_from(total, start)
         left = total - algorithm.decompress(payload, torch.empty_like(total))
         if all_finite(left):
-            memory.memory.copy_(left.view(-1))
+            memory.memory.lerp_(left.view(-1), 1.0 - memory.rule.decay)
         return payload
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from penstock.compression.algorithms.powersgd import PowerSGD
 from penstock.compression.bucket_slot import BucketSlot
 from penstock.compression.buckets import DEFAULT_BUCKET_BYTES, Bucket, NamedParameter, make_buckets
 from penstock.compression.error_feedback import FeedbackRule, memory_dtype
-from penstock.compression.group import ranks_of
+from penstock.compression.error_memory import empty_memories
+from penstock.compression.group import rank_in, ranks_of
 from penstock.compression.rechunk import rechunked
 from penstock.compression.reduction import finish_all
 from penstock.compression.rules import ParameterRules
@@ -47,6 +48,7 @@ class Reducer:
             then made of the ranks with this one's place on the other machines. Shards of the sum are compressed.
         bucket_bytes: Target size of a bucket.
         warmup_steps: Steps at the start that go uncompressed.
+        undoable: Keep a copy of the memories as they were before each step, for :meth:`undo`.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
     """
@@ -65,6 +67,7 @@ class Reducer:
         inside: dist.ProcessGroup | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         warmup_steps: int = 0,
+        undoable: bool = False,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
     ) -> None:
@@ -91,13 +94,13 @@ class Reducer:
         for name in masks or {}:
             if name not in known:
                 raise ValueError(unknown_name("parameter in masks:", name, known))
-        self._replicas = ranks_of(group) * (1 if inside is None else ranks_of(inside))
+        self._machines = ranks_of(group)
+        self._inside = (0, 1) if inside is None else (rank_in(inside), ranks_of(inside))
         self._slots = [
             BucketSlot(
                 bucket,
                 chosen,
                 group,
-                key=index,
                 feedback=error_feedback,
                 masks=masks or {},
                 inside=inside,
@@ -105,8 +108,10 @@ class Reducer:
                 meter=meter,
                 watcher=watcher,
             )
-            for index, (bucket, chosen) in enumerate(planned)
+            for bucket, chosen in planned
         ]
+        self._before = {name: memory.clone() for name, memory in self._memories().items()} if undoable else None
+        self._done = False
         self._slot_of = {p: slot for slot in self._slots for p in slot.bucket.parameters}
         self._armed: set[nn.Parameter] = set()
         self._check_start: Callable[[], None] | None = lambda: check_same_start(
@@ -135,6 +140,10 @@ class Reducer:
             self._check_start = None
         self._armed.clear()
         self._started = 0
+        self._done = False
+        if self._before is not None:
+            for name, memory in self._memories().items():
+                self._before[name].copy_(memory)
         self._ask_weight = weight
         self._weight = None
         for slot in self._slots:
@@ -170,8 +179,26 @@ class Reducer:
         for slot in self._slots:
             slot.write_back()
         self._step += 1
+        self._done = True
         self._armed.clear()
         self._ask_weight = None
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """The step that :meth:`finish` ended counts as not made, because its gradients are thrown away.
+
+        The memories and the step count are, to the bit, what they were: what was sent did not reach the weights. All
+        replicas must agree on it.
+
+        Raises:
+            RuntimeError: No step was finished since the last call, or the reducer is not ``undoable``.
+        """
+        if self._before is None or not self._done:
+            raise RuntimeError("no step to undo: make the reducer with undoable=True, and finish() a step first")
+        for name, memory in self._memories().items():
+            memory.copy_(self._before[name])
+        self._step -= 1
+        self._done = False
 
     def state_dict(self) -> dict[str, Any]:
         """The step count and, for each bucket, the error memories: ``bucket_000.worker``, ``bucket_000.server``."""
@@ -202,33 +229,39 @@ class Reducer:
         for name, memory in mine.items():
             if theirs:
                 memory.copy_(theirs[name])
-            else:
-                memory.zero_()
+        if not theirs:
+            empty_memories(mine)
+        self._done = False
 
     def load_debts(self, states: Sequence[Mapping[str, Any]]) -> bool:
         """Take over what another number of replicas owed: the sum of all memories stays what it was.
 
         Args:
-            states: What :meth:`state_dict` gave on each of the old replicas, in rank order.
+            states: What :meth:`state_dict` gave on each of the old replicas, in rank order. With a hierarchical
+                exchange there were as many of them to a machine as there are now.
 
         Returns:
             Whether the memories belong to this model and bucket size; if not, they start from zero.
         """
         mine = self._memories()
+        self._step = int(states[0]["step"])
+        self._done = False
+        place, per_machine = self._inside
+        states = states[place::per_machine]  # those that held the same shard, one on each machine
         starts = {f"bucket_{index:03d}": slot.chunk_start for index, slot in enumerate(self._slots)}
         memories = [{name: value for name, value in state.items() if name != "step"} for state in states]
         found = rechunked(memories, mine, starts)
         fits = found.keys() == mine.keys() and all(found[name].shape == mine[name].shape for name in mine)
-        self._step = int(states[0]["step"])
+        if not fits:
+            empty_memories(mine)
+            return False
         for name, memory in mine.items():
-            if not fits:
-                memory.zero_()
-            elif name.endswith(".worker"):
+            if name.endswith(".worker"):
                 # What is owed here is a sum of the replicas' memories, not their mean.
-                memory.copy_(found[name] * (len(states) / self._replicas))
+                memory.copy_(found[name] * (len(states) / self._machines))
             else:
                 memory.copy_(found[name])
-        return fits
+        return True
 
     def close(self) -> None:
         """Remove the hooks from the parameters."""

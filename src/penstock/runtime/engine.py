@@ -389,6 +389,8 @@ class Engine:
         overflowed = any_rank(
             here, what="overflow of gradients", group=parts.groups.control, watcher=parts.watcher, meter=parts.meter
         )
+        if overflowed and isinstance(parts.exchange, Reducer):
+            parts.exchange.undo()  # other buckets may have been exchanged in full: what they sent is thrown away, too
         parts.scaler.update(overflowed=overflowed)
         return overflowed
 

@@ -317,6 +317,7 @@ def _exchange(
         rules=ParameterRules(tuple(section.full_precision), section.min_dimensions),
         bucket_bytes=int(section.bucket_mb * 2**20),
         warmup_steps=section.warmup_steps,
+        undoable=config.precision == "fp16",
         meter=meter,
         watcher=watcher,
     )

@@ -75,7 +75,7 @@ class PowerSGD(CompressionAlgorithm):
         p = orthonormal(matrix @ start.to(dtype)).float()
         q = (matrix.T @ p.to(dtype)).float()
         if bool(torch.isfinite(q).all()):
-            start.copy_(q)
+            follow_start(start, q)
         return {"p": p, "q": q}
 
     def decompress(self, payload: Payload, out: Tensor) -> Tensor:
@@ -103,3 +103,12 @@ def orthonormal(matrix: Tensor) -> Tensor:
         return torch.full_like(matrix, math.nan)
     basis: Tensor = torch.linalg.qr(matrix).Q
     return basis
+
+
+def follow_start(start: Tensor, q: Tensor) -> None:
+    """The next iteration starts from the columns of ``q`` ``[columns, rank]``; one of zeros leaves the last start's.
+
+    Where a matrix has no more directions than some of the columns, or is zero for a step, ``q`` has columns of zeros,
+    from which no iteration would ever find a direction again.
+    """
+    start.copy_(torch.where((q != 0).any(dim=0), q.to(start.dtype), start))

@@ -11,7 +11,6 @@ from penstock.compression.chunks import chunk_bounds
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.group import rank_in, ranks_of
 from penstock.compression.local.outer_step import OuterStep
-from penstock.compression.optim._bucket import bucket_key
 from penstock.compression.reduction import LocalReduction, Reduction, make_reduction
 
 
@@ -78,7 +77,7 @@ class AnchoredBucket:
             memory=self.memory,
             parts=layout.parts,
             factor=1.0 / ranks_of(group),
-            key=bucket_key(layout),
+            key=layout.key,
             meter=meter,
             watcher=watcher,
         )

@@ -22,6 +22,7 @@ from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import DEFAULT_BUCKET_BYTES, NamedParameter, make_buckets
 from penstock.compression.error_feedback import memory_dtype
+from penstock.compression.error_memory import empty_memories
 from penstock.compression.group import ranks_of
 from penstock.compression.local._anchored import AnchoredBucket
 from penstock.compression.local.fragment_schedule import FragmentSchedule
@@ -261,11 +262,9 @@ class LocalUpdates:
                 len(theirs),
                 len(mine),
             )
-        for name, memory in mine.items():
-            if fits:
-                memory.copy_(theirs[name])
-            else:
-                memory.zero_()
+            empty_memories(mine)
+        for name, memory in mine.items() if fits else ():
+            memory.copy_(theirs[name])
         for fragment, sent_after in state.get(_IN_FLIGHT, []):
             for index, bucket in self._numbered(fragment):
                 bucket.exchanged.copy_(state[f"bucket_{index:03d}.{_ARRIVED}"])

@@ -1,6 +1,5 @@
 """The flat buffers of one bucket of parameters under an optimizer that communicates by itself."""
 
-import zlib
 from collections.abc import Sequence
 from typing import Final
 
@@ -22,11 +21,6 @@ MASTER: Final = "master"
 
 _FLOOR_BLOCK: Final = 1024
 """Elements over which a frozen deviation is compared with its neighbours'."""
-
-
-def bucket_key(layout: Bucket) -> int:
-    """What keys random choices in a bucket: its shapes, which the copies of a tied weight share on all stages."""
-    return zlib.crc32(repr([tuple(parameter.shape) for parameter in layout.parameters]).encode())
 
 
 class AloneReduction:
@@ -147,7 +141,7 @@ class FlatBucket:
             memory=self.memory,
             parts=parts,
             factor=factor,
-            key=bucket_key(self.layout),
+            key=self.layout.key,
             meter=meter,
             watcher=watcher,
         )

@@ -14,6 +14,7 @@ from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import make_buckets
 from penstock.compression.error_feedback import memory_dtype
+from penstock.compression.error_memory import empty_memories
 from penstock.compression.optim._bucket import MASTER, FlatBucket
 from penstock.compression.rechunk import rechunked
 from penstock.compression.registry import create_compression_algorithm
@@ -146,12 +147,11 @@ class ExchangingOptimizer(Optimizer):
                 len(state),
                 len(mine),
             )
+            empty_memories(mine)
+            return False
         for name, memory in mine.items():
-            if fits:
-                memory.copy_(state[name])
-            else:
-                memory.zero_()
-        return fits
+            memory.copy_(state[name])
+        return True
 
     def load_error_states(self, states: Sequence[Mapping[str, Any]]) -> bool:
         """Take over what another number of replicas owed, all in all the same.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from penstock.compression.algorithms.powersgd import PowerSGD, orthonormal
+from penstock.compression.algorithms.powersgd import PowerSGD, follow_start, orthonormal
 from penstock.compression.chunks import Part
 from penstock.compression.error_feedback import all_finite
 from penstock.compression.error_memory import ErrorMemory
@@ -95,7 +95,7 @@ class LowRankReduction(StagedReduction):
         for (part, rows, columns, _), start, p, q in zip(self._matrices, self._starts, p_views, q_views, strict=True):
             torch.mm(p, q.T, out=part.of(self._tensor).view(rows, columns))
             if finite:
-                start.copy_(q)
+                follow_start(start, q)
         for part, view in zip(self._plain, plain, strict=True):
             part.of(self._tensor).copy_(view)
 
