@@ -17,6 +17,7 @@ from penstock.data_pipeline import PipelineConfig, load_configuration
 from penstock.data_pipeline.data_sampling import SamplingConfig
 from penstock.data_pipeline.data_sampling.config import CurriculumConfig, MetricConfig
 from penstock.data_pipeline.data_sampling.curriculum import ScheduleDetails
+from penstock.data_pipeline.data_sampling.mixture import CorpusConfig, MixtureConfig
 from penstock.data_pipeline.data_sampling.pacing import PacingConfig
 from penstock.data_pipeline.data_sampling.subset import SubsetConfig
 from penstock.data_pipeline.data_sampling.token_budget import TokenBudgetConfig
@@ -82,6 +83,8 @@ def test_the_reference_has_every_key_of_a_run_with_its_default() -> None:
         **dict(keys_of(LocalUpdatesSection, "local_updates.")),
         **dict(keys_of(SamplingConfig, "sampling.")),
         **dict(keys_of(SubsetConfig, "sampling.subset.")),
+        **dict(keys_of(MixtureConfig, "sampling.mixture.")),
+        **dict(keys_of(CorpusConfig, "sampling.mixture.corpora.NAME.")),
         **dict(keys_of(CurriculumConfig, "sampling.curriculum.")),
         **dict(keys_of(PacingConfig, "sampling.curriculum.pacing.")),
         **dict(keys_of(TokenBudgetConfig, "batching.token_budget.")),

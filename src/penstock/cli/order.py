@@ -57,6 +57,6 @@ def order(
         stop = start + config.train.global_batch_size if stop is None else stop
         if stop < start:
             raise ValueError(f"--to {stop} lies before --from {start}")
-    typer.echo("consumed\tposition\tsample")
+    typer.echo("consumed\tposition\tsample" + ("" if found.mixture is None else "\tcorpus"))
     for row in rows(found, feed, start, stop):
         typer.echo("\t".join(map(str, row)))

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from penstock._core.counted import counted
 from penstock.data_pipeline.configuration import apply_overrides, read_mapping, validate_config
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
+from penstock.data_pipeline.data_sampling.mixture import MixtureConfig
 from penstock.runtime.batch_sizes import BatchSizes
 from penstock.runtime.batching_section import BatchingSection
 from penstock.runtime.config_sections import (
@@ -124,6 +125,7 @@ class TrainConfig(Section):
             )
         self._check_batches()
         self._check_batching()
+        self._check_mixture()
         self._check_lengths()
         self._check_exchange()
         self.check_tensor_parallel()
@@ -161,6 +163,15 @@ class TrainConfig(Section):
     def batch_sizes(self) -> BatchSizes:
         """Samples of a step by the tokens consumed."""
         return BatchSizes(self.train.global_batch_size, self.batching.sizes, self.sequence_length or 1)
+
+    @property
+    def samples_of_run(self) -> int | None:
+        """Samples that the run's steps read, or None where a token budget decides."""
+        if self.batching.token_budget is not None:
+            return None
+        if self.batching.sizes:
+            return self.batch_sizes.tokens_after(self.total_steps) // (self.sequence_length or 1)
+        return self.total_steps * self.train.global_batch_size
 
     @property
     def tokens_of_run(self) -> int | None:
@@ -256,6 +267,26 @@ class TrainConfig(Section):
                     "batching.token_budget sorts samples ahead of the step at which a paced curriculum decides about "
                     "them; keep one of batching.token_budget and sampling.curriculum.pacing"
                 )
+
+    def _check_mixture(self) -> None:
+        mixture = self.sampling.get("mixture")
+        if isinstance(self.data.train, dict) and mixture is None:
+            raise ValueError("data.train names several corpora; give their weights in sampling.mixture.corpora")
+        if mixture is None:
+            return
+        if isinstance(self.data.train, str):
+            raise ValueError("sampling.mixture needs data.train to be a table of paths by the corpora's names")
+        if self.batching.token_budget is not None:
+            raise ValueError(
+                "sampling.mixture counts samples, and batching.token_budget sorts them by length first, so no step "
+                "would have the shares that were asked for; keep one of them"
+            )
+        settings = validate_config(MixtureConfig, mixture, "sampling.mixture")
+        if settings.by == "steps" and settings.places != [0] and self.batching.sizes:
+            raise ValueError(
+                "sampling.mixture changes weights by steps, but batching.sizes changes how many samples a step has; "
+                "set sampling.mixture.by: tokens or samples"
+            )
 
     def _check_lengths(self) -> None:
         length = self.sequence_length

@@ -232,7 +232,8 @@ class DataSection(Section):
     """Where the tokens lie.
 
     Attributes:
-        train: Path of the training data: a ``.bin/.idx`` prefix, Parquet or JSONL. None when an object is given.
+        train: Path of the training data: a ``.bin/.idx`` prefix, Parquet or JSONL; or a table of such paths by name,
+            whose weights are ``sampling.mixture``. None when an object is given.
         heldout: Path of the held-out data; None evaluates on nothing.
         tokenizer: Path of the ``tokenizer.json`` that made the tokens: gives the vocabulary's size and bits per byte.
         sequence_length: Tokens per training sample; None takes ``model.context``.
@@ -244,7 +245,7 @@ class DataSection(Section):
         column: Which column of a table holds the tokens; None takes the first of the usual names.
     """
 
-    train: str | None = None
+    train: str | dict[str, str] | None = None
     heldout: str | None = None
     tokenizer: str | None = None
     sequence_length: int | None = Field(default=None, ge=1)

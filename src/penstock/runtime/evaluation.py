@@ -1,18 +1,23 @@
 """Evaluation of an engine on held-out text."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from penstock.data_pipeline.datasets import TokenWindows
+from penstock.data_pipeline.configuration import validate_config
+from penstock.data_pipeline.data_sampling.mixture import MixtureConfig
+from penstock.data_pipeline.datasets import TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.tokenize import load_tokenizer
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
 from penstock.runtime.heldout import HeldOut, bytes_per_token, held_out, unigram_log_probabilities
+
+_CHUNK: Final = 1 << 22
+_ROWS: Final = 4096
 
 
 def heldout_windows(config: TrainConfig) -> TokenWindows:
@@ -57,18 +62,67 @@ def heldout_loss(engine: Engine, windows: TokenWindows) -> tuple[float, npt.NDAr
     return sum(losses) / len(losses), labels
 
 
-def evaluate(engine: Engine, windows: TokenWindows) -> HeldOut:
-    """The held-out loss beside a unigram model's, and in bits per byte. Every rank calls it."""
+def evaluate(engine: Engine, windows: TokenWindows, config: TrainConfig | None = None) -> HeldOut:
+    """The held-out loss beside a unigram model's, and in bits per byte. Every rank calls it.
+
+    Args:
+        engine: The engine.
+        windows: From :func:`heldout_windows`.
+        config: Of the run that trained the model, whose training data the unigram model counts; None for the engine's.
+    """
     loss, labels = heldout_loss(engine, windows)
-    config = engine.config
-    assert config.data.train is not None  # what the unigram model counts
-    training = IndexedDataset(config.data.train).tokens
-    vocab_size, sizes = 1 + max(int(labels.max()), _largest(training)), None
+    config = engine.config if config is None else config
+    vocab_size, sizes = 1 + int(labels.max()), None
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
         sizes, vocab_size = bytes_per_token(tokenizer), max(vocab_size, tokenizer.get_vocab_size())
-    return held_out(loss, labels, unigram_log_probabilities(training, vocab_size), sizes)
+    counts = training_counts(config, vocab_size)
+    return held_out(loss, labels, unigram_log_probabilities(counts), sizes)
 
 
-def _largest(tokens: Any, chunk: int = 1 << 22) -> int:
-    return max(int(tokens[start : start + chunk].max()) for start in range(0, len(tokens), chunk))
+def training_counts(config: TrainConfig, vocab_size: int) -> npt.NDArray[np.int64]:
+    """How often each token stands in the training text; of a mixture, each corpus by its share at the run's end.
+
+    Args:
+        config: A configuration with ``data.train``: ``.bin/.idx``, or a table of rows of tokens.
+        vocab_size: Least length of the result, which is as long as the largest token wants.
+
+    Raises:
+        ValueError: The training data does not hold tokens.
+    """
+    train = config.data.train
+    if not isinstance(train, dict):
+        assert train is not None
+        return _counts(train, config.data.column, vocab_size)
+    mixture = validate_config(MixtureConfig, config.sampling["mixture"], "sampling.mixture")
+    found = {name: _counts(path, config.data.column, vocab_size) for name, path in train.items()}
+    weights = {name: corpus.weight_at(mixture.places[-1]) for name, corpus in mixture.corpora.items()}
+    total = max(int(counts.sum()) for counts in found.values())
+    result = np.zeros(max(map(len, found.values())), dtype=np.int64)
+    for name, counts in found.items():
+        scaled = counts * (weights[name] / sum(weights.values()) * total / max(1, int(counts.sum())))
+        result[: len(counts)] += np.rint(scaled).astype(np.int64)
+    return result
+
+
+def _counts(path: str, column: str | None, vocab_size: int) -> npt.NDArray[np.int64]:
+    dataset = open_dataset(path, column=column)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for tokens in _pieces(dataset, path):
+        here = np.bincount(tokens.astype(np.int64), minlength=len(counts))
+        here[: len(counts)] += counts
+        counts = here.astype(np.int64)
+    return counts
+
+
+def _pieces(dataset: Any, path: str) -> Iterator[npt.NDArray[np.integer[Any]]]:
+    """All tokens, in pieces of a bounded size."""
+    if isinstance(dataset, IndexedDataset):
+        for start in range(0, len(dataset.tokens), _CHUNK):
+            yield dataset.tokens[start : start + _CHUNK]
+        return
+    for start in range(0, len(dataset), _ROWS):
+        rows = [np.asarray(dataset[row]).reshape(-1) for row in range(start, min(start + _ROWS, len(dataset)))]
+        if any(row.dtype.kind not in "iu" for row in rows):
+            raise ValueError(f"{path}: evaluation counts the training data's tokens, but its rows are not tokens")
+        yield np.concatenate(rows)

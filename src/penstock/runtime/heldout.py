@@ -8,8 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders
 
-_CHUNK = 1 << 22
-
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -39,17 +37,13 @@ class HeldOut:
         )
 
 
-def unigram_log_probabilities(tokens: npt.NDArray[Any], vocab_size: int) -> npt.NDArray[np.float64]:
+def unigram_log_probabilities(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Log probability of every token under add-one smoothed counts of a corpus, in nats.
 
     Args:
-        tokens: The training tokens, one row, possibly memory-mapped; read in pieces.
-        vocab_size: Size of the vocabulary.
+        counts: How often each token of the vocabulary stands in the training text.
     """
-    counts = np.ones(vocab_size, dtype=np.int64)
-    for start in range(0, len(tokens), _CHUNK):
-        counts += np.bincount(tokens[start : start + _CHUNK].astype(np.int64), minlength=vocab_size)
-    return np.asarray(np.log(counts) - math.log(int(counts.sum())), dtype=np.float64)
+    return np.asarray(np.log(counts + 1) - math.log(int(counts.sum()) + len(counts)), dtype=np.float64)
 
 
 def held_out(

@@ -113,8 +113,8 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> HeldOut:
         ValueError: There is no run, no complete checkpoint, or no held-out data.
     """
     checkpoint = find(run if (run / "manifest.json").is_file() else run / CHECKPOINTS_NAME)
-    config = load_config(checkpoint.read_state()["config"], overrides)
-    config = config.model_copy(
+    trained = load_config(checkpoint.read_state()["config"], overrides)
+    config = trained.model_copy(
         update={
             "pipe": PipeSection(),
             "data_parallel": DataParallelSection(replicas=1),
@@ -124,13 +124,13 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> HeldOut:
             "random_ltd": None,
             "sampling": {},
             "batching": BatchingSection(),
-            "data": config.data.model_copy(update={"cut": "windows"}),
+            "data": trained.data.model_copy(update={"cut": "windows", "train": None}),
         }
     )
     windows = heldout_windows(config)
     with initialize(reference_model(config), config, training_data=windows) as engine:
         load_weights(engine.parts, checkpoint)
-        return evaluate_engine(engine, windows)
+        return evaluate_engine(engine, windows, trained)
 
 
 def _join(
@@ -172,7 +172,7 @@ def _load(config_path: Path | None, overrides: Sequence[str], output: Path | Non
         raise ValueError("the run needs a directory: set output in the configuration, or pass --output DIR")
     if config.model is None:
         raise ValueError("the configuration needs a model section; penstock train builds the reference GPT")
-    if config.data.train is None:
+    if not config.data.train:
         raise ValueError("the configuration needs data.train, a .bin/.idx prefix; `penstock tokenize` makes one")
     return config, Path(config.output)
 
@@ -214,7 +214,9 @@ def _check_vocabulary(config: TrainConfig) -> None:
     model = reference_model(config).specs[0]
     assert isinstance(model, LayerSpec)
     vocab_size = model.module_args[0].vocab_size
-    for name, path in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+    train = config.data.train
+    named = {"data.train": train} if not isinstance(train, dict) else {f"data.train.{k}": v for k, v in train.items()}
+    for name, path in [*named.items(), ("data.heldout", config.data.heldout)]:
         if path is None or not idx_path(path).is_file():
             continue
         largest = int(IndexedDataset(path).tokens[:_TOKENS_CHECKED].max(initial=0))

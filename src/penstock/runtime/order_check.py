@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from penstock.data_pipeline.data_sampling import Consumed, DataSampler
 from penstock.data_pipeline.data_sampling.entry_points import Progress
+from penstock.data_pipeline.datasets import Corpora
 from penstock.runtime.checkpoint import Checkpoint
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.engine_state import find
@@ -89,11 +90,21 @@ def verify_run(run: Path, overrides: Sequence[str] = ()) -> list[Account]:
     return found
 
 
-def rows(order: DataSampler, feed: Feed, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """The samples that a run consumes as its ``start``-th to ``stop - 1``-th: number, position in the order, sample."""
-    positions = feed.positions(start, stop)
-    samples = order.sample_at(positions)
-    return list(zip(range(start, stop), positions.tolist(), samples.tolist(), strict=True))
+def rows(order: DataSampler, feed: Feed, start: int, stop: int) -> list[tuple[int | str, ...]]:
+    """The samples that a run consumes as its ``start``-th to ``stop - 1``-th: number, position in the order, sample.
+
+    Of a mixture the sample counts from its corpus' first, whose name follows.
+    """
+    positions = feed.positions(start, stop).tolist()
+    samples = order.sample_at(np.array(positions, dtype=np.int64)).tolist()
+    if not isinstance(order.data, Corpora):
+        return list(zip(range(start, stop), positions, samples, strict=True))
+    corpora = order.data
+    found: list[tuple[int | str, ...]] = []
+    for number, position, sample in zip(range(start, stop), positions, samples, strict=True):
+        corpus = corpora.corpus_of(sample)
+        found.append((number, position, sample - corpora.starts[corpus], corpora.names[corpus]))
+    return found
 
 
 def _samples(order: DataSampler, feed: Feed, consumed: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from penstock.data_pipeline.data_sampling import DataSampler
 from penstock.data_pipeline.data_sampling.entry_points import Progress
 from penstock.data_pipeline.data_sampling.pieces import DocumentPieces
 from penstock.data_pipeline.data_sampling.token_budget import TokenBudget
-from penstock.data_pipeline.datasets import PackedDocuments, TokenWindows, open_dataset
+from penstock.data_pipeline.datasets import Corpora, PackedDocuments, TokenWindows, open_dataset
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.schedule import SCHEDULES, Schedule, get_schedule
@@ -315,10 +315,20 @@ def _dropping(config: TrainConfig, module: PipelineModule | None) -> Dropping | 
 
 
 def open_training_data(config: TrainConfig, training_data: Any = None) -> Any:
-    """The training data: the object given, or what lies at the path; a corpus becomes windows or packed rows."""
+    """The training data: the object given, or what lies at the path; a corpus becomes windows or packed rows.
+
+    A dictionary of several becomes :class:`Corpora`.
+    """
     source = training_data if training_data is not None else config.data.train
     if source is None:
         return None
+    if isinstance(source, Mapping):
+        return Corpora({str(name): _samples(config, part) for name, part in source.items()})
+    return _samples(config, source)
+
+
+def _samples(config: TrainConfig, source: Any) -> Any:
+    """The samples of one corpus."""
     dataset = open_dataset(source, column=config.data.column)
     if isinstance(dataset, IndexedDataset):
         length = config.sequence_length
@@ -349,7 +359,15 @@ def training_order(config: TrainConfig, dataset: Any, *, progress: Progress | No
     if isinstance(curriculum, Mapping) and curriculum.get("cache") is None and config.output is not None:
         # The ranks of a run, and its later starts, are to sort the samples once.
         sampling["curriculum"] = {**curriculum, "cache": str(Path(config.output) / ORDER_NAME)}
-    return DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size}, progress=progress)
+    mixture = sampling.get("mixture")
+    if isinstance(mixture, Mapping) and mixture.get("by") == "tokens" and mixture.get("tokens_per_sample") is None:
+        if config.sequence_length is None:
+            raise ValueError("sampling.mixture changes weights by tokens; set data.sequence_length")
+        sampling["mixture"] = {**mixture, "tokens_per_sample": config.sequence_length}
+    order = DataSampler(dataset, {**sampling, "batch_size": config.train.global_batch_size}, progress=progress)
+    if config.samples_of_run is not None:
+        order.check_length(config.samples_of_run)
+    return order
 
 
 def training_feed(config: TrainConfig, order: DataSampler | None) -> Feed:

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from penstock.data_pipeline.data_sampling.curriculum import Number, ScheduleConfig, ScheduleDetails, ScheduleType
+from penstock.data_pipeline.data_sampling.mixture import MixtureConfig
 from penstock.data_pipeline.data_sampling.pacing import PacingConfig
 from penstock.data_pipeline.data_sampling.skips import SkipRanges
 from penstock.data_pipeline.data_sampling.subset import SubsetConfig
@@ -93,6 +94,8 @@ class SamplingConfig(BaseModel):
         samples_per_epoch: ``weighted`` and ``importance``: draws that make an epoch; all samples of positive weight if
             None.
         curriculum: ``curriculum``: the metrics.
+        mixture: Weights over corpora, of a dictionary of them as the data; ``random`` and ``sequential`` then are the
+            order inside each. See :class:`MixtureConfig`.
         subset: A part of the samples, which is all that the strategy sees; see :class:`SubsetConfig`.
         skip_ranges: Pairs ``[first, end)`` of places in the order that the run leaves out, after a loss spike for
             example. A run that is resumed may add ranges that it has not reached.
@@ -120,6 +123,7 @@ class SamplingConfig(BaseModel):
     replacement: bool = False
     samples_per_epoch: int | None = Field(default=None, ge=1)
     curriculum: CurriculumConfig | None = None
+    mixture: MixtureConfig | None = None
     subset: SubsetConfig | None = None
     skip_ranges: list[tuple[int, int]] = Field(default_factory=list)
     transforms: list[str | dict[str, Any] | Callable[[Any], Any]] = Field(default_factory=list)
@@ -153,5 +157,13 @@ class SamplingConfig(BaseModel):
             )
         if self.temperature is not None and self.strategy != "importance":
             raise ValueError(f"temperature is used by strategy 'importance', but the strategy is '{self.strategy}'")
+        if self.mixture is not None:
+            if self.strategy not in ("random", "sequential"):
+                raise ValueError(
+                    f"a mixture reads each corpus in a random or sequential order, but the strategy is "
+                    f"'{self.strategy}'; leave one of them out"
+                )
+            if self.subset is not None:
+                raise ValueError("a mixture is of whole corpora; leave out subset, or cut the corpora before")
         SkipRanges(self.skip_ranges)
         return self

@@ -11,11 +11,13 @@ from penstock.data_pipeline.configuration import validate_config
 from penstock.data_pipeline.data_sampling.batch_iterator import BatchIterator
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
 from penstock.data_pipeline.data_sampling.entry_points import Progress
+from penstock.data_pipeline.data_sampling.mixture import MixtureOrder
 from penstock.data_pipeline.data_sampling.order import IntArray, digest_of
 from penstock.data_pipeline.data_sampling.pacing import Pacer
 from penstock.data_pipeline.data_sampling.skips import SkipRanges
 from penstock.data_pipeline.data_sampling.strategies import Strategy, build_strategy
 from penstock.data_pipeline.data_sampling.transforms import build_transforms
+from penstock.data_pipeline.datasets.corpora import Corpora
 from penstock.data_pipeline.datasets.open import open_dataset
 
 _CHUNK: Final = 1536
@@ -39,7 +41,8 @@ class DataSampler(Sampler[list[int]]):
 
     Args:
         data_source: A list, array or tensor, a pandas or Arrow table, a torch ``Dataset`` (anything with ``__len__``
-            and ``__getitem__``), or a path to ``.bin/.idx``, Parquet, Arrow, JSON lines or ``.npy``.
+            and ``__getitem__``), or a path to ``.bin/.idx``, Parquet, Arrow, JSON lines or ``.npy``. For a mixture a
+            dictionary of these by name, which become one dataset, ``data``.
         sampling_config: A dictionary or a :class:`SamplingConfig`, which lists the keys.
         progress: Called with what is being done, how many samples are done and how many there are, while the samples of
             a large curriculum are sorted.
@@ -73,6 +76,7 @@ class DataSampler(Sampler[list[int]]):
         self._order = self._strategy.order
         self.epoch_size = self._order.epoch_size
         self.num_samples = self.config.num_samples or (self.config.epochs or 1) * self.epoch_size
+        self.check_length(self.num_samples)
         self._check_last_batch(0)
         self._consumed = 0
         self._batches = 0
@@ -94,7 +98,13 @@ class DataSampler(Sampler[list[int]]):
             ValueError: The source is not understood, or can only be iterated.
         """
         config = self.config
-        data = open_dataset(self._source, length=config.length, stride=config.stride, column=config.column)
+
+        def opened(source: Any) -> Any:
+            return open_dataset(source, length=config.length, stride=config.stride, column=config.column)
+
+        if config.mixture is not None and isinstance(self._source, Mapping):
+            return Corpora({str(name): opened(part) for name, part in self._source.items()})
+        data = opened(self._source)
         if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise ValueError(
                 f"{type(data).__name__} can only be iterated, but an order needs samples by number: give a dataset "
@@ -236,6 +246,21 @@ class DataSampler(Sampler[list[int]]):
     def num_excluded(self) -> int:
         """Samples that the run never sees, however long: above a curriculum's largest difficulty, or of weight 0."""
         return self._strategy.excluded
+
+    @property
+    def mixture(self) -> MixtureOrder | None:
+        """The mixture's own order: its shares and counts; None of a single dataset."""
+        return self._strategy.mixture
+
+    def check_length(self, samples: int) -> None:
+        """Check that the data lasts for so many samples: a corpus of a mixture may not repeat.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self._strategy.mixture is not None and samples:
+            last = np.array([samples - 1], dtype=np.int64)
+            self._strategy.mixture.check_length(int(self._skips.places(last)[0]) + 1)
 
     # The batch sampler
 

@@ -13,6 +13,7 @@ from penstock.data_pipeline.data_sampling.config import CurriculumConfig, Metric
 from penstock.data_pipeline.data_sampling.curriculum import CurriculumScheduler
 from penstock.data_pipeline.data_sampling.curriculum_order import CurriculumOrder
 from penstock.data_pipeline.data_sampling.entry_points import Progress, entry_points
+from penstock.data_pipeline.data_sampling.mixture import MixtureOrder
 from penstock.data_pipeline.data_sampling.order import (
     IntArray,
     Order,
@@ -25,6 +26,7 @@ from penstock.data_pipeline.data_sampling.pacing import Pacer
 from penstock.data_pipeline.data_sampling.stratified import StratifiedOrder
 from penstock.data_pipeline.data_sampling.subset import SubsetOrder, subset_members
 from penstock.data_pipeline.data_sampling.weighted import ReplacementOrder, WeightedOrder
+from penstock.data_pipeline.datasets.corpora import Corpora
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Strategy:
         schedulers: A curriculum's schedules by metric.
         curriculum: The curriculum's own order, if there is one.
         until_step: The step at which the curriculum ends; None if it does not.
+        mixture: A mixture's own order, if it is one.
     """
 
     order: Order
@@ -44,6 +47,7 @@ class Strategy:
     schedulers: dict[str, CurriculumScheduler] = field(default_factory=dict)
     curriculum: CurriculumOrder | None = None
     until_step: int | None = None
+    mixture: MixtureOrder | None = None
 
 
 def build_strategy(config: SamplingConfig, data: Any, progress: Progress | None = None) -> Strategy:
@@ -58,6 +62,16 @@ def build_strategy(config: SamplingConfig, data: Any, progress: Progress | None 
         ValueError: Labels, weights or metrics do not fit the data.
     """
     size = len(data)
+    if isinstance(data, Corpora) != (config.mixture is not None):
+        raise ValueError(
+            "several corpora need the weights of a mixture; set sampling.mixture"
+            if config.mixture is None
+            else "a mixture needs its corpora by name; give a dictionary of datasets or paths (in a run as data.train)"
+        )
+    if config.mixture is not None:
+        seed = config.seed if config.strategy == "random" else None
+        mixture = MixtureOrder(config.mixture, data, config.batch_size, seed)
+        return Strategy(mixture, mixture=mixture)
     if config.subset is None:
         return _over(config, data, size, None, progress)
     members = subset_members(config.subset, data, config.seed)

@@ -2,6 +2,7 @@
 
 from penstock._core.documents import document_mask
 from penstock.data_pipeline.datasets.collate import IGNORED, TokenCollator
+from penstock.data_pipeline.datasets.corpora import Corpora
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
 from penstock.data_pipeline.datasets.open import open_dataset
@@ -13,6 +14,7 @@ from penstock.data_pipeline.datasets.windows import TokenWindows
 
 __all__ = [
     "IGNORED",
+    "Corpora",
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "PackedDocuments",
