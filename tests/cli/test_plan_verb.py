@@ -77,6 +77,7 @@ def test_a_searched_schedule_is_written_beside_the_configuration(files: tuple[Pa
         (("--micro-batch-size", "3"), "micro-batches of 3 do not divide the 8 samples"),
         (("--set", "model=null"), "needs a model section"),
         (("--set", "data.train=null"), "set data.train"),
+        (("--set", "tensor_parallel.size=2"), "layers are measured whole"),
         (("--set", "pipe.stages=9"), "9 pipeline ranks cannot share 7 layers"),
         (("--set", "batching.sizes=[[100, 16]]"), "steps that are all alike"),
     ],
@@ -86,6 +87,14 @@ def test_mistakes_are_refused(files: tuple[Path, Path], arguments: tuple[str, ..
     result = run(config, "--profile", profile, *arguments)
     assert result.exit_code == 2, result.output
     assert message in result.output
+
+
+def test_a_comparison_needs_a_run_that_recorded(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run("--compare", tmp_path)
+    assert result.exit_code == 2
+    assert "holds no recorded steps; train with --set pipe.record_timeline=5 first" in result.output
+    assert "leave out CONFIG" in run(files[0], "--compare", tmp_path).output
+    assert "give a configuration" in run().output
 
 
 def test_what_a_plan_leaves_out_is_said(files: tuple[Path, Path]) -> None:

@@ -4,21 +4,31 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 
 import penstock
+from penstock._core.files import write_json
 from penstock.data_pipeline.data_sampling import IndexedDatasetBuilder
 from penstock.pipe import PipelineModule
-from penstock.pipe.planner import load_profiles
+from penstock.pipe.planner import LayerCosts, Profile, load_profiles
+from penstock.pipe.schedule import get_schedule
+from penstock.runtime import profiling
+from penstock.runtime.comparison import comparison_lines, prediction_of, read_recording
 from penstock.runtime.config import load_config
 from penstock.runtime.planning import measure
 from support.pool import WorkerPool
 from support.run_jobs import config, model, tokens, train
 
+QUICK = {"_LEAST_ROUNDS": 2, "_LEAST_S": 0.0, "_OVERHEAD_STEPS": 2, "_MESSAGES": 3}
+"""Rounds enough to see that all is measured; how well is not for a test to say."""
+
 
 def profile_job(rank: int, world_size: int, settings: dict[str, Any], file: str) -> None:
-    measure(load_config(settings), [1, 2], Path(file))
+    with patch.multiple(profiling, **QUICK):
+        measure(load_config(settings), [1, 2], Path(file))
 
 
 def test_every_layer_is_measured_by_the_processes_together(pool: WorkerPool, tmp_path: Path) -> None:
@@ -57,7 +67,10 @@ def test_every_layer_is_measured_by_the_processes_together(pool: WorkerPool, tmp
 def divided_job(rank: int, world_size: int) -> tuple[tuple[int, ...], list[float]]:
     given = model()
     measured = PipelineModule(given.specs, loss_fn=given.loss_fn, base_seed=given.base_seed, partition_method="profile")
-    with penstock.initialize(measured, config(stages=2, steps=20), training_data=tokens()) as engine:
+    with (
+        patch.multiple(profiling, **QUICK),
+        penstock.initialize(measured, config(stages=2, steps=20), training_data=tokens()) as engine,
+    ):
         assert engine.parts.module is not None
         bounds = engine.parts.module.bounds
         assert bounds is not None
@@ -71,3 +84,40 @@ def test_a_model_divided_by_its_profile_trains_as_any_other(pool: WorkerPool) ->
     for bounds, losses in found:
         assert len(bounds) == 3
         assert all(abs(a - b) < 1e-12 for a, b in zip(losses, expected, strict=True))
+
+
+def recorded_job(rank: int, world_size: int, folder: str, schedule: str) -> list[float]:
+    settings = config(stages=2, steps=20, schedule=schedule)
+    settings |= {"output": folder, "pipe": {**settings["pipe"], "record_timeline": 2}}
+    with penstock.initialize(model(), settings, training_data=tokens()) as engine:
+        for _ in range(6):
+            engine.train_batch()
+        write_json(Path(folder) / "config.json", engine.config.to_dict())
+        return [] if engine.parts.pipeline.recorded is None else [1.0]
+
+
+def test_a_run_records_steps_in_the_form_of_a_prediction(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(recorded_job, 2, str(tmp_path), "zb_h1") == [[], []]
+    names = sorted(path.name for path in (tmp_path / "timelines").iterdir())
+    assert names == ["layout.json", "step_00000002.json", "step_00000003.json"]
+    recording = read_recording(tmp_path)
+    assert len(recording.seconds) == 2
+    for timeline, seconds in zip(recording.timelines, recording.seconds, strict=True):
+        schedule = timeline.schedule
+        assert schedule.ranks == get_schedule("zb_h1", 2, schedule.micro_batches).ranks
+        assert min(float(starts[0]) for starts in timeline.starts) == 0.0
+        assert timeline.makespan < seconds
+        ends = {(event.action.stage, event.action.op, event.action.micro_batch): event for event in timeline.events()}
+        for number in range(schedule.micro_batches):
+            # Both ranks' clocks are this machine's, so no stage starts before it can.
+            assert ends[0, "F", number].end <= ends[1, "F", number].start
+            assert ends[1, "I", number].end <= ends[0, "I", number].start
+    layers = tuple(LayerCosts("x", 1.0, 2.0, 1.0, 1.0) for _ in range(recording.bounds[-1]))
+    predicted = prediction_of(recording, [Profile(recording.micro_batch_size, layers)])
+    lines = [line.split() for line in comparison_lines(predicted, recording)]
+    assert lines[1][:3] == ["step", "ms", f"{1e3 * predicted.seconds:.2f}"]
+    assert lines[1][3] == f"{1e3 * sum(recording.seconds) / 2:.2f}"
+    assert ["rank", "1", "computes", "ms"] in [line[:4] for line in lines]
+    assert {"0,F", "0,I", "0,W", "1,F", "1,I", "1,W"} == {line[1] + line[2] for line in lines if line[0] == "stage"}
+    with pytest.raises(ValueError, match="the profile is of 1 layers in micro-batches of 9; measure again"):
+        prediction_of(recording, [Profile(9, layers[:1])])

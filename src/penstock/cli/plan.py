@@ -9,8 +9,20 @@ from penstock.cli.options import Overrides
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration of a run, YAML or JSON.")],
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", show_default=False, help="Configuration of a run, YAML or JSON."),
+    ] = None,
     overrides: Overrides = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            show_default=False,
+            help="Instead of choosing, lay the prediction for a run's own layout beside what it recorded "
+            "(pipe.record_timeline).",
+        ),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="What each rank may take, such as 8GiB.", show_default=False)
     ] = None,
@@ -52,12 +64,23 @@ def plan(
       penstock plan run.yaml --memory 8GiB --write planned.yaml
       penstock plan run.yaml --save-profile layers.json --html step.html
       penstock plan run.yaml --profile layers.json --set pipe.stages=2 --search 20
+      penstock plan --compare runs/first
     """
     from penstock.pipe.planner import layer_lines, load_profiles, plan_lines, save_profiles
     from penstock.runtime import planning
+    from penstock.runtime.comparison import comparison_lines, prediction_of, read_recording
     from penstock.runtime.launch import launched
+    from penstock.runtime.run_directory import CONFIG_NAME
 
     given = list(overrides or ())
+    recording = None
+    if compare is not None:
+        if config is not None or sizes or memory or search or write:
+            raise ValueError("--compare takes the run's own layout; leave out CONFIG and what would choose another one")
+        recording = read_recording(compare)
+        config, sizes = compare / CONFIG_NAME, [recording.micro_batch_size]
+    if config is None:
+        raise ValueError("give a configuration, penstock plan run.yaml, or a run, penstock plan --compare RUN")
     settings = planning.read_config(config, given)
     chosen_sizes = planning.candidate_sizes(settings, sizes or None)
     limit = None if memory is None else planning.bytes_of(memory)
@@ -72,6 +95,12 @@ def plan(
         profiles = load_profiles(profile)
     if save_profile is not None:
         save_profiles(profiles, save_profile)
+    if recording is not None:
+        predicted = prediction_of(recording, profiles)
+        for line in comparison_lines(predicted, recording):
+            typer.echo(line)
+        planning.write_timeline(predicted.timeline, timeline_file, svg=svg, html=html, trace=trace)
+        return
     found = planning.plan_run(settings, profiles, memory=limit, search_effort_s=search)
     shown = next(p for p in profiles if p.micro_batch_size == found.best.micro_batch_size)
     typer.echo(f"one micro-batch of {shown.micro_batch_size}, layer by layer:")

@@ -71,6 +71,10 @@ class PipelineEngine:
         seed: The run's seed, for the layers that draw random numbers.
         device: Where batches are moved to.
 
+    Attributes:
+        recorded: A list to which start and end of every computed action are added, by ``time.perf_counter()``; None
+            records nothing.
+
     Raises:
         ValueError: Stages, schedule and topology do not fit together, or the schedule cannot run.
     """
@@ -121,6 +125,7 @@ class PipelineEngine:
             for stage in local
         }
         self._splits = {stage.index: SplitBackward() for stage in local}
+        self.recorded: list[tuple[float, float]] | None = None
         self._one: Tensor | None = None
         self._agreed = groups.store is None
 
@@ -305,7 +310,10 @@ class PipelineEngine:
                 self._finish_weights(self._untied[stage], state.weight_work.pop((stage, micro_batch)))
             else:
                 state.weight_work.pop((stage, micro_batch)).run()
-            compute_seconds += time.perf_counter() - start
+            end = time.perf_counter()
+            compute_seconds += end - start
+            if self.recorded is not None:
+                self.recorded.append((start, end))
         self.meter.add_seconds("compute", compute_seconds)
         state.action = None
 

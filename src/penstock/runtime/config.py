@@ -123,6 +123,11 @@ class TrainConfig(Section):
                 f"fp16 sets loss scaling, which precision={self.precision} does not use; "
                 "set precision: fp16, or remove the section"
             )
+        if self.pipe.record_timeline and self.output is None:
+            raise ValueError(
+                f"pipe.record_timeline={self.pipe.record_timeline} writes timelines to the run's directory, which is "
+                "not known; set output, or record_timeline: 0"
+            )
         self._check_batches()
         self._check_batching()
         self._check_mixture()

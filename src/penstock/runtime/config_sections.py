@@ -102,6 +102,7 @@ class PipeSection(Section):
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
         activation_checkpoint_layers: Class names of the layers that are recomputed, each by itself, in place of an
             interval.
+        record_timeline: Steps, from the third of a process on, of which a timeline is written to ``output``.
     """
 
     stages: int = Field(default=1, ge=1)
@@ -110,6 +111,7 @@ class PipeSection(Section):
     partition_method: str | tuple[int, ...] = "parameters"
     activation_checkpoint_interval: int = Field(default=0, ge=0)
     activation_checkpoint_layers: tuple[str, ...] = ()
+    record_timeline: int = Field(default=0, ge=0)
 
     @field_validator("schedule")
     @classmethod

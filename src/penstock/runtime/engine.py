@@ -23,6 +23,7 @@ from penstock.runtime.ledger import chain, merge
 from penstock.runtime.local_replicas import common_weights
 from penstock.runtime.loss_weighting import weigh_by_tokens
 from penstock.runtime.parts import Parts, Progress
+from penstock.runtime.recording import TimelineRecorder
 from penstock.runtime.stopping import StopRequest
 from penstock.runtime.summary import summarize
 
@@ -95,6 +96,7 @@ class Engine:
         self.progress = Progress()
         self.ledger = parts.rates.ledger
         self.last: StepReport | None = None
+        self._recorder = TimelineRecorder(parts)
         self.stop_request = StopRequest()
         self.stopping = False
         self._trusted = parts.post_validation
@@ -145,6 +147,7 @@ class Engine:
             if step.tokens is None:  # otherwise the step's plan has weighed them
                 micro_batches = self._weighted(micro_batches)
             read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.enters else 0
+            self._recorder.begin()
             result = parts.pipeline.train_step(
                 micro_batches,
                 step=progress.step,
@@ -174,6 +177,8 @@ class Engine:
                 progress.read.add(consumed)
             self._advance(started, kept, lr, norm, tokens, result, step, shapes, skipped=skipped)
             progress.layer_tokens += layer_tokens
+            assert self.last is not None
+            self._recorder.end(self.last.step, self.last.seconds)
         return result.loss
 
     def validate(self) -> None:

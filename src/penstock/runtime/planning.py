@@ -44,6 +44,11 @@ def read_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
             f"tensor_parallel.size={config.tensor_parallel.size}: layers are measured whole, which no rank of that run "
             "computes; plan with --set tensor_parallel.size=1 for the order of the candidates"
         )
+    if config.tensor_parallel.size > 1:
+        raise ValueError(
+            f"layers are measured whole, but tensor_parallel.size={config.tensor_parallel.size} divides them; plan "
+            "with --set tensor_parallel.size=1"
+        )
     if config.batching.token_budget is not None or config.batching.sizes or config.batching.sequence_length:
         raise ValueError(
             "a plan is made for steps that are all alike, which those of the batching section are not; plan with "
@@ -153,6 +158,7 @@ def write_config(config: TrainConfig, choice: Prediction, path: Path) -> None:
         "chunks": choice.chunks,
         "partition_method": list(choice.bounds),
         "activation_checkpoint_interval": choice.interval,
+        "activation_checkpoint_layers": [],
     }
     values["train"]["micro_batch_size"] = choice.micro_batch_size
     load_config(values)

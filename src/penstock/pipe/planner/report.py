@@ -1,6 +1,6 @@
 """Profiles and plans as text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -21,7 +21,7 @@ def layer_lines(profile: Profile) -> Iterator[str]:
         sizes = (layer.kept, layer.output, layer.parameters, layer.state)
         kind = "whole" if layer.whole else "splittable"
         rows.append((str(index), layer.name, *(f"{1e3 * t:.3f}" for t in times), *(size(b) for b in sizes), kind))
-    yield from _aligned(rows)
+    yield from table(rows)
     for reason, layers in _reasons(profile).items():
         yield f"whole: layer {', '.join(map(str, layers))}: {reason}"
     yield (
@@ -50,7 +50,7 @@ def plan_lines(plan: Plan, most: int = 10) -> Iterator[str]:
                 ",".join(map(str, found.bounds)),
             )
         )
-    yield from _aligned(rows)
+    yield from table(rows)
     limit = "" if plan.memory is None else f"; {plan.too_large} do not fit in {size(plan.memory)} per rank"
     yield f"{len(plan.predictions)} candidates{limit}"
     yield from prediction_lines(plan.best)
@@ -95,7 +95,8 @@ def _reasons(profile: Profile) -> dict[str, list[int]]:
     return found
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Rows with their columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
