@@ -43,10 +43,16 @@ def read_recording(run: Path) -> Recording:
     folder = run / TIMELINES_NAME
     if not (run / CONFIG_NAME).is_file() or not (folder / LAYOUT_NAME).is_file():
         raise ValueError(f"{run}: holds no recorded steps; train with --set pipe.record_timeline=5 first")
+    config = load_config(run / CONFIG_NAME)
+    if config.pipe.activation_checkpoint_layers:
+        raise ValueError(
+            f"{run}: recomputed {', '.join(config.pipe.activation_checkpoint_layers)}, but a prediction knows "
+            "pipe.activation_checkpoint_interval only; record a run with that, or without recomputation"
+        )
     layout = read_json(folder / LAYOUT_NAME)
     steps = sorted(layout["seconds"], key=int)
     return Recording(
-        config=load_config(run / CONFIG_NAME),
+        config=config,
         bounds=tuple(layout["bounds"]),
         interval=layout["activation_checkpoint_interval"],
         micro_batch_size=layout["micro_batch_size"],

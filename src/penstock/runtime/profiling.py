@@ -78,7 +78,7 @@ class Profiler:
         assert bounds is not None
         divided = self.module.divided_by(bounds, self.groups.num_pipe_ranks)
         self._stage = divided.build_stage(self.groups.pipe_rank, device=self.device, dtype=self.dtype)
-        self._stage.activation_checkpoint_interval = 0
+        self._stage.activation_checkpoint_interval, self._stage.recomputed = 0, frozenset()
         self._stage.recomputed = frozenset()
         self._stage.autocast_dtype = self.autocast_dtype
         self._meter = Meter()
