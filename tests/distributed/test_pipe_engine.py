@@ -50,15 +50,16 @@ def alone(module: PipelineModule, micro_batches: int) -> PipelineEngine:
     return engine_for(0, 1, module, micro_batches, pipe=1)
 
 
-def evaluate(rank: int, world_size: int, pipe: int) -> tuple[float, Any, Any, bool]:
+def evaluate(rank: int, world_size: int, pipe: int) -> tuple[float, Any, Any, Any, bool]:
     engine = engine_for(rank, world_size, language_model(pipe), 2, pipe=pipe)
     first = 4 * engine.groups.replica
     batches = [batch(0, first + index) for index in range(4)]
     loss = engine.eval_step(batches)
     outputs = engine.predict_step(batches)
-    everywhere = engine.predict_step(batches, broadcast=True)
+    everywhere = engine.predict_step(batches, ranks=None)
+    asked = engine.predict_step(batches, ranks=[0])
     training = all(module.training for stage in engine.stages.values() for module in stage.modules())
-    return loss, outputs, everywhere, training
+    return loss, outputs, everywhere, asked, training
 
 
 @pytest.mark.parametrize(("pipe", "data"), [(3, 1), (2, 2)])
@@ -68,12 +69,14 @@ def test_evaluation_and_prediction_equal_one_process(pool: WorkerPool, pipe: int
     expected = whole.predict_step(batches)
     assert expected is not None
     loss = whole.eval_step(batches)
-    for rank, (found, outputs, everywhere, training) in enumerate(pool.run(evaluate, pipe * data, pipe)):
+    for rank, (found, outputs, everywhere, asked, training) in enumerate(pool.run(evaluate, pipe * data, pipe)):
         pipe_rank, replica = divmod(rank, data)
         wanted = expected[4 * replica : 4 * replica + 4]
         assert found == pytest.approx(loss, rel=1e-6)
         assert (outputs is None) == (pipe_rank < pipe - 1)
-        for given in (outputs, everywhere):
+        assert everywhere is not None
+        assert (asked is None) == (0 < pipe_rank < pipe - 1)
+        for given in (outputs, everywhere, asked):
             if given is not None:
                 assert len(given) == 4
                 for a, b in zip(given, wanted, strict=True):

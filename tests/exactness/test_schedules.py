@@ -60,7 +60,7 @@ def test_with_replicas(pool: WorkerPool, single: Any, schedule: str) -> None:
 
 def test_three_stages_per_rank_and_bounds_of_ones_own(pool: WorkerPool, single: Any) -> None:
     check(pool.run(job, 2, settings("looped_bfs", chunks=3), STEPS), single)
-    check(pool.run(job, 2, settings("zb_v", partition_method=[0, 1, 3, 4, 6]), STEPS), single)
+    check(pool.run(job, 2, settings("zb_v", partition_method=[0, 1, 3, 4, 7]), STEPS), single)
 
 
 def test_a_schedule_from_a_file(pool: WorkerPool, single: Any, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_evaluation_has_no_gradients_and_gives_modes_back() -> None:
 
 def test_prediction_gives_every_output_in_order() -> None:
     engine, _ = probe_engine(2)
-    outputs = engine.predict_step([MicroBatch(torch.ones(n), None, n) for n in (3, 1, 2)], broadcast=True)
+    outputs = engine.predict_step([MicroBatch(torch.ones(n), None, n) for n in (3, 1, 2)], ranks=None)
     assert outputs is not None
     assert [output.item() for output in outputs] == [3.0, 1.0, 2.0]
     assert not outputs[0].requires_grad

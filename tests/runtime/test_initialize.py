@@ -13,6 +13,8 @@ from torch.nn import functional as F
 import penstock
 from penstock.models.gpt import gpt_loss, gpt_model
 from penstock.models.gpt_config import GPTConfig
+from penstock.pipe.module import PipelineModule
+from penstock.runtime.preparation import prepare
 from support.run_jobs import LENGTH, config, model, tokens, train
 
 
@@ -111,8 +113,11 @@ def test_evaluation_leaves_training_as_it_was() -> None:
             assert engine.eval_batch(iter(batch)) == engine.eval_batch(iter(batch))
             outputs = engine.predict_batch(iter([inputs for inputs, _ in batch]))
             assert [tuple(o.shape) for o in outputs] == [(1, LENGTH, 61)] * 8
+            assert engine.predict_batch(iter([inputs for inputs, _ in batch]), pipe_ranks=[]) == []
             mixed.append(engine.train_batch())
             assert engine.stage.training
+        with pytest.raises(ValueError, match=r"ranks=\[1\] are no pipeline ranks: there are 1"):
+            engine.predict_batch(iter([inputs for inputs, _ in batch]), pipe_ranks=[1])
     assert mixed == losses
 
 
@@ -188,3 +193,16 @@ def test_the_summary_counts_what_was_read() -> None:
     # Blocks 1 and 2 of four keep 8, 8 and 12 tokens of 24; embedding, two blocks, norm and head compute all.
     assert summary["layer_tokens"]["spent"] == 8 * (2 * (8 + 8 + 12) + 5 * 3 * LENGTH)
     assert summary["layer_tokens"]["plain"] == 8 * 7 * 3 * LENGTH
+
+
+def test_what_the_configuration_says_of_the_pipe_holds_for_a_model_that_was_given() -> None:
+    made = config(stages=2)
+    made["pipe"] |= {"partition_method": [0, 2, 7], "activation_checkpoint_interval": 3}
+    module = prepare(model(), made, world_size=2, training_data=tokens()).module
+    assert module is not None
+    assert module.bounds == (0, 2, 7)
+    assert module.build_stage(1).activation_checkpoint_interval == 3
+    own = PipelineModule(model().specs, partition_method=[0, 4, 7], activation_checkpoint_interval=2)
+    module = prepare(own, config(stages=2), world_size=2, training_data=tokens(), loss_fn=gpt_loss).module
+    assert module is not None
+    assert (module.bounds, module.activation_checkpoint_interval) == ((0, 4, 7), 2)

@@ -7,11 +7,15 @@ replays the forward later captures the key and enters it again.
 """
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from penstock._core.keys import derive, seed_torch
+
+if TYPE_CHECKING:
+    from penstock._core.sequence_slice import SequenceSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +28,19 @@ class BatchKey:
         micro_batch: Index of the micro-batch in the *global* batch, over all replicas, from 0.
         positions: For each row of the micro-batch, the sample's position ``k`` in the run's global order. Empty where
             the caller does not know (then random-LTD falls back on ``micro_batch`` and the row number).
+        piece: The slice of the sequence, where a schedule cuts sequences.
     """
 
     seed: int
     step: int
     micro_batch: int
     positions: tuple[int, ...] = ()
+    piece: "SequenceSlice | None" = field(default=None, compare=False)
 
     def layer_key(self, purpose: str, layer: int) -> int:
         """The 64-bit key of a choice made once per micro-batch in one layer, dropout for example."""
-        return derive(self.seed, purpose, self.step, self.micro_batch, layer)
+        piece = () if self.piece is None else (self.piece.number,)
+        return derive(self.seed, purpose, self.step, self.micro_batch, layer, *piece)
 
     def seed_layer(self, layer: int, device: torch.device | None = None) -> None:
         """Seed torch's generators, of the CPU and of ``device``, for what layer ``layer`` draws in this micro-batch."""

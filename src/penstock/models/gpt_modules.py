@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock._core.documents import document_mask
+from penstock._core.sequence_slice import current_slice, takes_slices
 from penstock.models.gpt_config import GPTConfig
 from penstock.models.rotary import rotary_angles, rotate
 
 GPTValue = dict[str, Any]
 
 
+@takes_slices
 class TokenEmbedding(nn.Module):
     """Token ids to vectors; the first layer, and with tied embeddings the owner of the output layer's weight.
 
@@ -62,9 +64,11 @@ class TokenEmbedding(nn.Module):
                     f"{name} must be one for each token, {tuple(input_ids_BS.shape)}; got {tuple(given[name].shape)}"
                 )
         rows, length = input_ids_BS.shape
-        if length > self.context_length:
+        piece = current_slice()
+        start = 0 if piece is None else piece.extend(input_ids_BS).shape[1] - length
+        if start + length > self.context_length:
             raise ValueError(
-                f"a sequence of {length} tokens does not fit the model's context_length={self.context_length}; "
+                f"a sequence of {start + length} tokens does not fit the model's context_length={self.context_length}; "
                 f"cut the sequences or build the model with a longer context"
             )
         # On a GPU the look would cost a synchronisation; there the kernel asserts.
@@ -76,7 +80,7 @@ class TokenEmbedding(nn.Module):
                     "use the tokenizer that the model was sized for, or a larger vocab_size"
                 )
         x_BSD = F.dropout(self.lookup(input_ids_BS), self.dropout, self.training)
-        position_ids_BS = torch.arange(length, device=input_ids_BS.device).expand(rows, length)
+        position_ids_BS = torch.arange(start, start + length, device=input_ids_BS.device).expand(rows, length)
         return {"position_ids": position_ids_BS, **given, "hidden": x_BSD}
 
     def lookup(self, input_ids_BS: Tensor) -> Tensor:
@@ -93,6 +97,7 @@ class TokenEmbedding(nn.Module):
         return {"": "vocabulary"}
 
 
+@takes_slices
 class LearnedPositions(nn.Module):
     """Adds a trained vector for each position.
 
@@ -149,41 +154,45 @@ class CausalSelfAttention(nn.Module):
             cos, sin = rotary_angles(position_ids_BS, config.head_size, theta=config.rope_theta, dtype=qkv_BSH3E.dtype)
             cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :]
             q_BSHE, k_BSHE = rotate(qkv_BSH3E[:, :, :, :2], cos, sin).unbind(3)
-        q_BHSE, k_BHSE, v_BHSE = (x_BSHE.transpose(1, 2) for x_BSHE in (q_BSHE, k_BSHE, v_BSHE))
-        if self.training and config.dropout and len(self.heads) < config.num_heads:
-            y_BHSE = self._attend_as_all_heads(q_BHSE, k_BHSE, v_BHSE, document_ids_BS)
+        piece = current_slice()
+        if piece is not None:  # K places: those of the earlier slices, then the S here
+            k_BSHE, v_BSHE = piece.extend(k_BSHE), piece.extend(v_BSHE)
+            document_ids_BS = None if document_ids_BS is None else piece.extend(document_ids_BS)
+        mask = None if document_ids_BS is None else document_mask(document_ids_BS)[:, :, -length:]
+        places = k_BSHE.shape[1]
+        as_all_heads = self.training and config.dropout > 0.0 and len(self.heads) < config.num_heads
+        if mask is None and (places > length or as_all_heads):
+            mask = torch.ones(length, places, dtype=torch.bool, device=x_BSD.device).tril(places - length)
+        q_BHSE, k_BHKE, v_BHKE = (x_BSHE.transpose(1, 2) for x_BSHE in (q_BSHE, k_BSHE, v_BSHE))
+        if as_all_heads:
+            assert mask is not None
+            y_BHSE = self._attend_as_all_heads(q_BHSE, k_BHKE, v_BHKE, mask)
         else:
             y_BHSE = F.scaled_dot_product_attention(
                 q_BHSE,
-                k_BHSE,
-                v_BHSE,
+                k_BHKE,
+                v_BHKE,
                 dropout_p=config.dropout if self.training else 0.0,
-                attn_mask=None if document_ids_BS is None else document_mask(document_ids_BS),
-                is_causal=document_ids_BS is None,
+                attn_mask=mask,
+                is_causal=mask is None,
             )
         y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).reshape(rows, length, len(self.heads) * config.head_size))
         return y_BSD
 
-    def _attend_as_all_heads(
-        self, q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, document_ids_BS: Tensor | None
-    ) -> Tensor:
+    def _attend_as_all_heads(self, q_BHSE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, allowed: Tensor) -> Tensor:
         """Attention with dropout on some of the heads, which drop what they would among all of them.
 
         So a rank that computes two heads of eight draws what one that computes eight draws, and whatever is drawn
         after it is the same on all ranks.
         """
-        config, (rows, _, length, _) = self.config, q_BHSE.shape
-        if document_ids_BS is None:
-            allowed = torch.ones(length, length, dtype=torch.bool, device=q_BHSE.device).tril()
-        else:
-            allowed = document_mask(document_ids_BS)
-        scores_BHSS = q_BHSE @ k_BHSE.transpose(-2, -1) / math.sqrt(config.head_size)
-        weights_BHSS = scores_BHSS.masked_fill(~allowed, -math.inf).softmax(dim=-1)
+        config, (rows, _, length, _), places = self.config, q_BHSE.shape, k_BHKE.shape[2]
+        scores_BHSK = q_BHSE @ k_BHKE.transpose(-2, -1) / math.sqrt(config.head_size)
+        weights_BHSK = scores_BHSK.masked_fill(~allowed, -math.inf).softmax(dim=-1)
         every_head = torch.empty(
-            rows, config.num_heads, length, length, dtype=weights_BHSS.dtype, device=weights_BHSS.device
+            rows, config.num_heads, length, places, dtype=weights_BHSK.dtype, device=weights_BHSK.device
         )
-        kept_BHSS = every_head.bernoulli_(1.0 - config.dropout)[:, self.heads.start : self.heads.stop]
-        return (weights_BHSS * kept_BHSS / (1.0 - config.dropout)).to(v_BHSE.dtype) @ v_BHSE
+        kept_BHSK = every_head.bernoulli_(1.0 - config.dropout)[:, self.heads.start : self.heads.stop]
+        return (weights_BHSK * kept_BHSK / (1.0 - config.dropout)).to(v_BHKE.dtype) @ v_BHKE
 
 
 class MLP(nn.Module):
@@ -204,6 +213,7 @@ class MLP(nn.Module):
         return y_BSD
 
 
+@takes_slices
 class GPTBlock(nn.Module):
     """One transformer block: normalise, attend, add; normalise, transform, add.
 
@@ -245,6 +255,7 @@ class GPTBlock(nn.Module):
         }
 
 
+@takes_slices
 class FinalNorm(nn.Module):
     """The last normalisation; only the hidden states leave it.
 
@@ -262,6 +273,7 @@ class FinalNorm(nn.Module):
         return x_BSD
 
 
+@takes_slices
 class OutputHead(nn.Module):
     """Hidden states to logits with a weight of its own.
 
@@ -289,6 +301,7 @@ def told(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
+@takes_slices
 def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
     """Logits ``[B, S, V]`` by the token embedding's weight: the ``forward_fn`` of the tied output layer."""
     if isinstance(embedding, TokenEmbedding):

@@ -21,7 +21,7 @@ before others does not wait for them.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from penstock._core.batch_key import BatchKey
 from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange
+from penstock._core.sequence_slice import SequenceSlice
 from penstock._core.waiting import Watcher
 from penstock.pipe.agreement import agree
 from penstock.pipe.broadcast import broadcast_value
@@ -44,6 +45,7 @@ from penstock.pipe.program import Program, Steps
 from penstock.pipe.receiver import Received
 from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule, head_start
 from penstock.pipe.schedule.validate import validate
+from penstock.pipe.slices import check_slices, cut_batches
 from penstock.pipe.split_backward import SplitBackward
 from penstock.pipe.stage import Cut, Stage
 from penstock.pipe.step import InFlight, StepResult, StepState
@@ -99,6 +101,8 @@ class PipelineEngine:
         if isinstance(schedule, str):
             schedule = get_schedule(schedule, local[0].num_stages, micro_batches)
         check_fit(local, schedule, micro_batches, groups)
+        if schedule.slices > 1:
+            check_slices(local, schedule, loss_fn)
         # A stage runs at most this far ahead of its neighbour under 1F1B; with more room GPipe only fills memory.
         window = max(4, schedule.num_stages + 1)
         validate(schedule, capacity=window)
@@ -167,11 +171,14 @@ class PipelineEngine:
         state = StepState(batches, step, backward=True, targets_used=True, loss_scale=loss_scale)
         with self._failures_reported(state), self._random_state_kept():
             self._prepare(len(batches), self.micro_batches)
+            slices = self.schedule.slices
+            if slices > 1:
+                state.batches, state.slices = cut_batches(batches, slices), slices
             program = self._program
             if validate is not None:
                 self._run_head(state, validate)
                 program = self._rest
-            weight = 1.0 / (self.micro_batches * self.groups.num_replicas * loss_scale)
+            weight = 1.0 / (self.micro_batches * slices * self.groups.num_replicas * loss_scale)
             self.exchange.begin_step(lambda: weight)
             mean = self._run_with_mean(program, state, tally)
             self._tied.sum()
@@ -205,18 +212,23 @@ class PipelineEngine:
             return mean.wait()[0]
 
     def predict_step(
-        self, batches: Sequence[MicroBatch], *, step: int = 0, broadcast: bool = False
+        self, batches: Sequence[MicroBatch], *, step: int = 0, ranks: Collection[int] | None = ()
     ) -> list[Any] | None:
         """Outputs of the last stage for every micro-batch, in order, in eval mode and without gradients.
 
         Args:
             batches: As for :meth:`eval_step`; targets are not used.
             step: For the layers' keys.
-            broadcast: Give the outputs to every rank of the pipeline. It must be the same on all of them.
+            ranks: Pipeline ranks that are to have the outputs, beside the one with the last stage; None for all. It
+                must be the same on all of them.
 
         Returns:
-            The outputs of this replica's micro-batches; without ``broadcast``, None on ranks without the last stage.
+            The outputs of this replica's micro-batches; None on ranks that have neither the last stage nor asked.
         """
+        known = self.schedule.num_ranks
+        wrong = [rank for rank in ranks or () if not 0 <= rank < known]
+        if wrong:
+            raise ValueError(f"ranks={wrong} are no pipeline ranks: there are {known}, counted from 0")
         state = StepState(batches, step, backward=False, targets_used=False)
         with self._failures_reported(state), self._evaluating():
             self._prepare(len(batches))
@@ -226,10 +238,11 @@ class PipelineEngine:
             self._transport.drain()
             source = self.schedule.placement[-1]
             outputs = [state.outputs[i] for i in range(len(batches))] if source == self.groups.pipe_rank else None
-            if broadcast and self.groups.pipeline is not None:
+            if self.groups.pipeline is not None and (ranks is None or set(ranks) - {source}):
                 outputs = broadcast_value(
                     outputs,
                     source=source,
+                    targets=ranks,
                     group=self.groups.pipeline,
                     device=self.device,
                     watcher=self.watcher,
@@ -344,7 +357,8 @@ class PipelineEngine:
             value = unflatten(arrived.structure, arrived.tensors)
             del arrived
         cuts: list[Cut] | None = [] if split and not leaves and state.backward else None
-        output = stage(value, BatchKey(self.seed, state.number, batch.index, positions), cuts)
+        piece = None if state.slices == 1 else self._slice(stage.index, micro_batch, state)
+        output = stage(value, BatchKey(self.seed, state.number, batch.index, positions, piece), cuts)
         if stage.is_last:
             outputs = self._finish_forward(stage, micro_batch, output, state)
         else:
@@ -352,7 +366,16 @@ class PipelineEngine:
             self._pass_on("F", stage.index, micro_batch, Received(structure, tensors, (), positions), state)
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
         if state.backward:
-            state.in_flight[stage.index, micro_batch] = InFlight(leaves, outputs, cuts[0] if cuts else None)
+            state.in_flight[stage.index, micro_batch] = InFlight(
+                leaves, outputs, cuts[0] if cuts else None, exports=() if piece is None else piece.exports
+            )
+
+    def _slice(self, stage: int, unit: int, state: StepState) -> SequenceSlice:
+        micro_batch, number = divmod(unit, state.slices)
+        kept = state.sequences.setdefault((stage, micro_batch), [])
+        if number == state.slices - 1:
+            del state.sequences[stage, micro_batch]  # nobody comes after it
+        return SequenceSlice(number, kept)
 
     def _finish_forward(self, stage: Stage, micro_batch: int, output: Any, state: StepState) -> list[Tensor]:
         """The end of the model: the loss, or the output kept for a prediction."""
@@ -406,14 +429,22 @@ class PipelineEngine:
         self, stage: Stage, micro_batch: int, passed: InFlight, state: StepState
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a backward pass starts from: outputs and their gradients."""
-        if stage.is_last:
-            loss = passed.outputs[0]
-            if self._one is None or self._one.dtype != loss.dtype or self._one.device != loss.device:
-                self._one = torch.ones_like(loss)
-            return passed.outputs, [self._one]
-        arrived = state.mailbox.pop(("B", stage.index, micro_batch))
-        gradients = unflatten(arrived.structure, arrived.tensors)
-        return with_gradients(passed.outputs, gradients)
+        outputs, gradients = passed.outputs, self._arrived(stage, micro_batch, passed, state)
+        if passed.exports:  # later slices have run backward: what they ask of this one is there
+            outputs = [*outputs, *(tensor for tensor, _ in passed.exports)]
+            gradients = [*gradients, *(leaf.grad for _, leaf in passed.exports)]
+        return with_gradients(outputs, gradients)
+
+    def _arrived(self, stage: Stage, micro_batch: int, passed: InFlight, state: StepState) -> Sequence[Tensor | None]:
+        """The gradients of a stage's outputs."""
+        if not stage.is_last:
+            arrived = state.mailbox.pop(("B", stage.index, micro_batch))
+            gradients: list[Tensor | None] = unflatten(arrived.structure, arrived.tensors)
+            return gradients
+        loss = passed.outputs[0]
+        if self._one is None or self._one.dtype != loss.dtype or self._one.device != loss.device:
+            self._one = torch.ones_like(loss)
+        return [self._one]
 
     def _pass_back(self, stage: Stage, micro_batch: int, gradients: Sequence[Tensor | None], state: StepState) -> None:
         if not stage.is_first:

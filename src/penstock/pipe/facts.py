@@ -60,11 +60,6 @@ def check_fit(stages: Sequence[Stage], schedule: Schedule, micro_batches: int, g
             f"schedule {schedule.name!r} of {schedule.num_stages} stages places stages {list(placed)} on pipeline rank "
             f"{groups.pipe_rank}, but it was given stages {list(held)} of {stages[0].num_stages}"
         )
-    if schedule.slices != 1:
-        raise ValueError(
-            f"schedule {schedule.name!r} cuts micro-batches into {schedule.slices} slices, which the engine does not "
-            "run; choose one that keeps them whole, such as '1f1b'"
-        )
     if schedule.forward_only:
         raise ValueError(f"schedule {schedule.name!r} only runs forward; training needs one such as '1f1b'")
 

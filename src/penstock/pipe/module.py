@@ -128,21 +128,31 @@ class PipelineModule:
         """The canonical name of a layer, ``layer_000`` for the first."""
         return layer_name(index)
 
-    def partitioned(self, ranks: int, num_stages: int | None = None) -> "PipelineModule":
+    def partitioned(
+        self,
+        ranks: int,
+        num_stages: int | None = None,
+        *,
+        partition_method: str | Sequence[int] | None = None,
+    ) -> "PipelineModule":
         """The same model divided into another number of stages.
 
         Args:
             ranks: Pipeline ranks: the size of the topology's ``pipe`` axis, if there is one.
             num_stages: Where ranks hold several stages; None is one for each rank.
+            partition_method: In place of the model's own; None keeps that.
 
         Raises:
             ValueError: More stages than layers, or explicit bounds or a topology for another number.
         """
-        _number_of_stages(ranks, self.topology, self.partition_method)
-        num_stages = ranks if num_stages is None else num_stages
         other = copy.copy(self)
-        other.num_stages = num_stages
-        other.bounds = self._bounds(num_stages)
+        if partition_method is not None:
+            given = partition_method if isinstance(partition_method, str) else tuple(partition_method)
+            check_method(given, [_type_name(layer) for layer in self.specs])
+            other.partition_method = given
+        _number_of_stages(ranks, self.topology, other.partition_method)
+        other.num_stages = ranks if num_stages is None else num_stages
+        other.bounds = other._bounds(other.num_stages)
         return other
 
     def divided_by(self, method: str | Sequence[int], num_stages: int) -> "PipelineModule":

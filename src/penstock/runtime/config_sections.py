@@ -97,6 +97,7 @@ class PipeSection(Section):
         schedule: The name of a schedule that trains, or the path of a saved one (``.json``).
         chunks: Stages per pipeline rank; none takes the schedule's own number: 2 for interleaved, looped and V-shaped
             schedules, 1 for the others.
+        slices: Pieces along the sequence into which ``seq1f1b`` cuts each micro-batch; none takes 2.
         partition_method: ``parameters``, ``uniform``, ``type:REGEX``, ``profile`` (layers are measured first), or
             explicit bounds (``stages * chunks + 1`` layer numbers).
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
@@ -108,6 +109,7 @@ class PipeSection(Section):
     stages: int = Field(default=1, ge=1)
     schedule: str = "1f1b"
     chunks: int | None = Field(default=None, ge=1)
+    slices: int | None = Field(default=None, ge=1)
     partition_method: str | tuple[int, ...] = "parameters"
     activation_checkpoint_interval: int = Field(default=0, ge=0)
     activation_checkpoint_layers: tuple[str, ...] = ()
@@ -122,11 +124,7 @@ class PipeSection(Section):
             return value
         if value == "forward_only":
             raise ValueError("schedule 'forward_only' has no backward passes and cannot train; take '1f1b' or another")
-        if value == "seq1f1b":
-            raise ValueError(
-                "schedule 'seq1f1b' cuts micro-batches into slices, which the engine does not run; take '1f1b'"
-            )
-        able = tuple(name for name, known in SCHEDULES.items() if known.trains and not known.sliced)
+        able = tuple(name for name, known in SCHEDULES.items() if known.trains)
         return one_of("schedule", able)(value)
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,24 +211,29 @@ class Engine:
             self._reshard()
             return loss
 
-    def predict_batch(self, data_iter: Iterator[Any]) -> list[Any]:
+    def predict_batch(self, data_iter: Iterator[Any], *, pipe_ranks: Collection[int] | None = None) -> list[Any]:
         """Outputs of the last layer for one global batch in eval mode: this replica's micro-batches in order.
 
         Args:
             data_iter: Yields inputs, or pairs of which the second is ignored.
+            pipe_ranks: Ranks along the pipeline that are to have the outputs, the same on every rank; None for all.
+                Outputs of a language model are large: where only some ranks use them, say so.
 
         Returns:
-            A list with one output per micro-batch, on every rank of the pipeline.
+            A list with one output per micro-batch; an empty one on ranks that did not ask.
+
+        Raises:
+            ValueError: There is no such pipeline rank.
         """
         parts = self.parts
         self.validate()
         with self._told("predict_batch"):
             micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=False)
             with common_weights(parts):
-                outputs = parts.pipeline.predict_step(micro_batches, broadcast=True)
+                outputs = parts.pipeline.predict_step(micro_batches, ranks=pipe_ranks)
             self._reshard()
-            assert outputs is not None  # broadcast gives them to every rank
-            return outputs
+            asked = pipe_ranks is None or parts.groups.pipe_rank in pipe_ranks
+            return (outputs or []) if asked else []
 
     def report_validation(self, loss: float) -> bool:
         """Tell a curriculum that is paced by it the validation loss; every rank calls it with the same value.

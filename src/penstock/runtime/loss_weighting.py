@@ -11,28 +11,14 @@ number it is exactly 1.0 and changes nothing.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from penstock._core.meter import CONTROL, Meter
 from penstock._core.waiting import Watcher
+from penstock.pipe.labels import IGNORED, count_labels
 from penstock.pipe.micro_batch import MicroBatch
-
-IGNORED: Final = -100
-"""The label that torch's and Hugging Face's losses leave out."""
-
-
-def count_labels(targets: Any) -> int:
-    """Tokens that a loss covers: labels other than -100 in the first integer tensor, else rows of the first tensor."""
-    tensors = [leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Tensor)]
-    for tensor in tensors:
-        if not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool:
-            return int((tensor != IGNORED).sum())
-    return tensors[0].shape[0] if tensors and tensors[0].dim() else 1
 
 
 def weigh_by_tokens(

@@ -92,10 +92,15 @@ def prepare(
     replicas = check_world(settings, world_size)
     micro_batches = settings.micro_batches(replicas)
     pipe = settings.pipe
-    pipe_schedule = get_schedule(pipe.schedule, pipe.stages, micro_batches, pipe.chunks)
+    pipe_schedule = get_schedule(pipe.schedule, pipe.stages, micro_batches, pipe.chunks, pipe.slices)
     module = None
     if isinstance(model, PipelineModule):
-        module = _recomputing(settings, model).partitioned(pipe.stages, pipe_schedule.num_stages)
+        module = _recomputing(settings, model).partitioned(
+            pipe.stages,
+            pipe_schedule.num_stages,
+            # What the configuration does not name, the model decides.
+            partition_method=pipe.partition_method if "partition_method" in pipe.model_fields_set else None,
+        )
     elif pipe_schedule.num_stages != 1:
         raise ValueError(
             f"schedule {pipe.schedule!r} divides the model into {pipe_schedule.num_stages} stages, but a plain "
@@ -109,6 +114,11 @@ def prepare(
     _check_tensor_parallel(settings, model, optimizer)
     _check_optimizer(model, optimizer, settings)
     _check_sharding(settings, pipe_schedule, optimizer)
+    if pipe_schedule.slices > 1 and settings.random_ltd is not None and settings.random_ltd.enabled:
+        raise ValueError(
+            f"schedule {pipe_schedule.name!r} cuts sequences into {pipe_schedule.slices} slices, but random_ltd "
+            "chooses among all tokens of a sequence; take '1f1b', or remove random_ltd"
+        )
     _check_muon(settings, optimizer)
     dataset = open_training_data(settings, training_data)
     if measured and pipe_schedule.num_stages > 1 and dataset is None:
@@ -144,6 +154,12 @@ def _check_sharding(config: TrainConfig, schedule: Schedule, optimizer: Any) -> 
             f"data_parallel.sharding={sharding} reduces a layer's gradients in its backward pass, but schedule "
             f"{schedule.name!r} computes weight gradients later; take a schedule with whole backward passes, such as "
             "'1f1b' or 'interleaved_1f1b', or sharding: none"
+        )
+    if schedule.slices > 1:
+        raise ValueError(
+            f"data_parallel.sharding={sharding} follows a layer's one way through a backward pass, but schedule "
+            f"{schedule.name!r} cuts sequences into {schedule.slices} slices that look at one another; take '1f1b', or "
+            "sharding: none"
         )
     if isinstance(optimizer, Optimizer):
         raise ValueError(
