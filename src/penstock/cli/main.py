@@ -13,6 +13,7 @@ from penstock.cli.compress import compress
 from penstock.cli.datasets import merge, split
 from penstock.cli.evaluate import evaluate
 from penstock.cli.inspect import inspect
+from penstock.cli.network import network
 from penstock.cli.order import order
 from penstock.cli.plan import plan
 from penstock.cli.schedule import schedule
@@ -46,7 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, evaluate, inspect, tokenize, merge, split, analyze, order, schedule, plan, compress):
+for verb in (train, evaluate, inspect, tokenize, merge, split, analyze, order, schedule, plan, compress, network):
     app.command(name="eval" if verb is evaluate else None)(verb)
 
 

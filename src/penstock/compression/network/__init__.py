@@ -1,0 +1,1 @@
+"""What a network costs, and which compression it needs."""
