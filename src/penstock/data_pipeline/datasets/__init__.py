@@ -6,7 +6,7 @@ from penstock.data_pipeline.datasets.corpora import Corpora
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
 from penstock.data_pipeline.datasets.open import open_dataset
-from penstock.data_pipeline.datasets.packing import PackedDocuments, cumulative_lengths
+from penstock.data_pipeline.datasets.packing import PackedDocuments, cumulative_lengths, document_mask_mod
 from penstock.data_pipeline.datasets.python_corpus import SourceFile, read_sources, standard_library_files
 from penstock.data_pipeline.datasets.rearrange import merge_indexed, split_indexed
 from penstock.data_pipeline.datasets.text import read_texts, text_files
@@ -23,6 +23,7 @@ __all__ = [
     "TokenWindows",
     "cumulative_lengths",
     "document_mask",
+    "document_mask_mod",
     "merge_indexed",
     "open_dataset",
     "read_sources",

@@ -1,5 +1,6 @@
 """Rows made of whole documents, and what keeps attention inside each of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,22 @@ def cumulative_lengths(document_ids_BS: Tensor) -> tuple[Tensor, int]:
     starts = changes.flatten().nonzero().flatten()
     ends = torch.cat([starts, starts.new_tensor([rows * length])]).to(torch.int32)
     return ends, int(ends.diff().max())
+
+
+def document_mask_mod(document_ids_BS: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """A ``mask_mod`` for FlexAttention: causal attention inside each document.
+
+    Give it to ``torch.nn.attention.flex_attention.create_block_mask(mask_mod, B, None, S, S)``, whose blocks without
+    any pair to attend to are skipped.
+
+    Args:
+        document_ids_BS: Of :class:`PackedDocuments`' rows, on the device of the attention.
+    """
+
+    def inside(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_ids_BS[batch, query] == document_ids_BS[batch, key])
+
+    return inside
 
 
 def _pieces(documents: IndexedDataset, length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
