@@ -9,7 +9,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import penstock
-from penstock.compression import FeedbackRule, ParameterRules, Reducer, create_compression_algorithm, machine_groups
+from penstock._core.meter import REPLICAS, Meter
+from penstock.compression import (
+    DiLoCo,
+    FeedbackRule,
+    ParameterRules,
+    Reducer,
+    create_compression_algorithm,
+    machine_groups,
+)
 from support.pool import WorkerPool
 from support.run_jobs import config, model, tokens
 
@@ -110,11 +118,13 @@ def test_a_skipped_step_of_a_run_leaves_every_memory_as_it_was(pool: WorkerPool)
             assert steps == (not skipped)
 
 
-def tied_copies(rank: int, world_size: int, settings: dict[str, Any], folder: str) -> float:
-    with penstock.initialize(model(layers=2), settings, training_data=tokens()) as engine:
-        losses = [engine.train_batch() for _ in range(3)]
+def tied_copies(rank: int, world_size: int, settings: dict[str, Any], folder: str) -> int:
+    with penstock.initialize(model(layers=3), settings, training_data=tokens()) as engine:
+        for _ in range(3):
+            engine.train_batch()
         engine.save_checkpoint(Path(folder))  # compares the copies bit for bit
-    return losses[-1]
+        assert isinstance(engine.parts.exchange, Reducer)
+        return len(engine.parts.exchange.buckets)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +139,9 @@ def test_copies_of_a_tied_weight_stay_equal_when_choices_are_random(
 ) -> None:
     """The two stages have different numbers of buckets before that of the tied weight."""
     made = config(stages=2, replicas=2, precision="float32", dropping=False, steps=4)
-    made["compression"] = {**section, "bucket_mb": 0.01}
-    pool.run(tied_copies, 4, made, str(tmp_path), deadline_s=100)
+    made["compression"] = {**section, "bucket_mb": 0.003}
+    buckets = pool.run(tied_copies, 4, made, str(tmp_path), deadline_s=100)
+    assert buckets[0] != buckets[-1]
 
 
 def over_machines(rank: int, world_size: int) -> list[dict[str, Any]]:
@@ -207,3 +218,42 @@ def test_memories_that_do_not_fit_are_emptied_but_iterations_start_as_ever() -> 
     assert after["step"] == 7
     assert after["bucket_000.start_000"].norm() > 1
     assert torch.equal(after["bucket_000.start_000"], first["bucket_000.start_000"])
+
+
+def synchronized_twice(rank: int, world_size: int) -> list[Any]:
+    """Bytes, and whether the parameters moved, of a meeting right after a meeting, and of one in between."""
+    parameter = nn.Parameter(torch.zeros(50))
+    optimizer, meter = torch.optim.SGD([parameter], lr=0.1), Meter()
+    answers: list[Any] = []
+    with DiLoCo(optimizer, period=2, meter=meter) as local:
+        for step in range(3):
+            parameter.grad = torch.full((50,), 1.0 + rank)
+            optimizer.step()
+            if step:
+                for _ in range(2):
+                    before, sent = parameter.detach().clone(), meter.sent[REPLICAS]
+                    local.synchronize()
+                    answers.append((torch.equal(before, parameter.detach()), meter.sent[REPLICAS] - sent))
+    return answers
+
+
+def test_who_has_just_met_does_not_meet_again(pool: WorkerPool) -> None:
+    for answers in pool.run(synchronized_twice, 2):
+        assert answers[0] == answers[1] == answers[3] == (True, 0)  # no outer momentum without a gradient
+        assert not answers[2][0]
+        assert answers[2][1] > 0
+
+
+def ended_by_the_engine(rank: int, world_size: int, settings: dict[str, Any]) -> list[Tensor]:
+    with penstock.initialize(model(layers=2), settings, training_data=tokens()) as engine:
+        for _ in range(3):
+            engine.train_batch()
+        engine.synchronize()
+        return [p.detach().clone() for p in engine.stage.parameters()]
+
+
+def test_an_engine_ends_streaming_fragments(pool: WorkerPool) -> None:
+    made = config(replicas=2, precision="float32", dropping=False, steps=4)
+    made["local_updates"] = {"method": "streaming_diloco", "period": 4, "fragments": 2, "overlap": 1}
+    first, second = pool.run(ended_by_the_engine, 2, made, deadline_s=100)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))

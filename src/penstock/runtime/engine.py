@@ -211,6 +211,16 @@ class Engine:
             self._reshard()
             return loss
 
+    def synchronize(self) -> None:
+        """Where replicas train apart, exchange what they have learnt since they last did; every rank calls it.
+
+        For the end of training, so that the weights on which all agree hold the last steps, too. Otherwise it does
+        nothing.
+        """
+        if self.parts.local_updates is not None:
+            with self._told("synchronize"):
+                self.parts.local_updates.synchronize()
+
     def predict_batch(self, data_iter: Iterator[Any], *, pipe_ranks: Collection[int] | None = None) -> list[Any]:
         """Outputs of the last layer for one global batch in eval mode: this replica's micro-batches in order.
 

@@ -289,6 +289,8 @@ def _loop(
         display.update(report, bytes_sent=sent)
         if log is not None:
             log.write(record)
+        if done == total:
+            engine.synchronize()  # fragments take turns: most have learnt something since their last exchange
         if done == total or engine.stopping or (train.checkpoint_every and done % train.checkpoint_every == 0):
             engine.save_checkpoint(checkpoints, keep=train.keep_checkpoints)
 

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 Fragments = int | Sequence[Iterable[nn.Parameter]]
 
-_STEP, _IN_FLIGHT, _ARRIVED = "step", "in_flight", "arrived"
+_STEP, _MET, _IN_FLIGHT, _ARRIVED = "step", "met", "in_flight", "arrived"
 _NOT_MEMORIES: Final = ("anchor", "outer_momentum", _ARRIVED)
 
 
@@ -155,6 +155,7 @@ class LocalUpdates:
             for layout in layouts
         ]
         self._fragments: list[list[AnchoredBucket]] = [[] for _ in range(count)]
+        self._met = [0] * count  # the step after which a fragment was last sent and at once adopted
         for bucket in self._buckets:
             self._fragments[owner[bucket.layout.set_index]].append(bucket)
         self._check_start = not alone
@@ -203,13 +204,15 @@ class LocalUpdates:
     def synchronize(self) -> None:
         """Exchange everything now, whatever the step: after it parameters and anchors are the same on all replicas.
 
-        Collective. For the end of training: it moves the anchors as any exchange does.
+        Collective. For the end of training: it moves the anchors as any exchange does. What was exchanged after the
+        last step is left alone: the outer momentum would move it once more, from no new gradient.
         """
         self._drop_anchors()
         for flight in list(self._in_flight):
             self._receive(flight)
         for fragment in range(len(self._fragments)):
-            self._receive(self._send(fragment), mixing=0.0)
+            if self._met[fragment] != self.step:
+                self._receive(self._send(fragment), mixing=0.0)
 
     def common_state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """What is the same on all replicas, by parameter: ``anchor`` and ``outer_momentum`` (if any), as views."""
@@ -234,6 +237,7 @@ class LocalUpdates:
         self._settle()
         state: dict[str, Any] = {
             _STEP: self.step,
+            _MET: list(self._met),
             _IN_FLIGHT: [[flight.fragment, flight.sent_after] for flight in self._in_flight],
         }
         state.update(self._memories())
@@ -252,6 +256,7 @@ class LocalUpdates:
         self._settle()
         self._in_flight.clear()
         self.step = int(state[_STEP])
+        self._met = [int(step) for step in state.get(_MET, [-1] * len(self._fragments))]
         mine = self._memories()
         theirs = _memories_in(state)
         fits = mine.keys() == theirs.keys() and all(mine[name].shape == theirs[name].shape for name in mine)
@@ -375,9 +380,12 @@ class LocalUpdates:
                 f"was sent after step {flight.sent_after}; the common weights (common_weights()) are those before it, "
                 "from which to go on with a lower learning rate"
             )
+        kept = self.mixing if mixing is None else mixing
+        if flight.sent_after == self.step and kept == 0.0:
+            self._met[flight.fragment] = self.step
         for bucket in self._fragments[flight.fragment]:
             bucket.move_anchor()
-            bucket.adopt(self.mixing if mixing is None else mixing)
+            bucket.adopt(kept)
 
     def _settle(self) -> None:
         """Wait for what is on its way; it is applied when it is due, and the bits do not depend on when it came."""
