@@ -230,7 +230,7 @@ MISTAKES = [
     Mistake(
         "a schedule that cannot train",
         lambda f: start(f, pipe__schedule="forward_only"),
-        ("forward_only", "no backward", "'1f1b' or 'gpipe'"),
+        ("forward_only", "no backward", "take '1f1b' or another"),
     ),
     Mistake(
         "an unknown compression",
