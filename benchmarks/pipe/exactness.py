@@ -86,7 +86,8 @@ def _train(settings: dict[str, Any], kind: str | None) -> dict[str, Any]:
             rows = _batches(step, kind)
             return iter([rows[index] for index in cut.indices()])
 
-        found: dict[str, Any] = {"loss": torch.tensor([engine.train_batch(mine(step)) for step in range(STEPS)])}
+        losses = [engine.train_batch(mine(step)) for step in range(STEPS)]
+        found: dict[str, Any] = {"loss": torch.tensor(losses, dtype=torch.float64)}
         engine.validate()
         for name, parameter in engine.stage.canonical_parameters():
             for key, tensor in {"weight": parameter, **engine.optimizer.state[parameter]}.items():
