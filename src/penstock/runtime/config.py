@@ -23,6 +23,7 @@ from penstock.data_pipeline.data_sampling.mixture import MixtureConfig
 from penstock.runtime.batch_sizes import BatchSizes
 from penstock.runtime.batching_section import BatchingSection
 from penstock.runtime.config_sections import (
+    CompileSection,
     CompressionSection,
     DataParallelSection,
     DataSection,
@@ -70,6 +71,7 @@ class TrainConfig(Section):
         pipe: Stages and schedule.
         data_parallel: Replicas.
         tensor_parallel: Ranks that divide each layer among them.
+        compile: Layers compiled by ``torch.compile``.
         train: Batch sizes and length.
         batching: Steps that differ in samples and tokens.
         data: Paths and sequence length.
@@ -90,6 +92,7 @@ class TrainConfig(Section):
     pipe: PipeSection = Field(default_factory=PipeSection)
     data_parallel: DataParallelSection = Field(default_factory=DataParallelSection)
     tensor_parallel: TensorParallelSection = Field(default_factory=TensorParallelSection)
+    compile: CompileSection = Field(default_factory=CompileSection)
     train: TrainSection
     batching: BatchingSection = Field(default_factory=BatchingSection)
     data: DataSection = Field(default_factory=DataSection)
@@ -375,6 +378,11 @@ class TrainConfig(Section):
             ValueError: ``tensor_parallel.size`` does not go with another section.
         """
         size, optimizer = self.tensor_parallel.size, self.optimizer
+        if self.compile.enabled and (size > 1 or self.data_parallel.sharded):
+            raise ValueError(
+                "compile.enabled takes layers that communicate nothing inside, but those of tensor_parallel and of "
+                "data_parallel.sharding do; set compile.enabled: false, or tensor_parallel.size: 1 and sharding: none"
+            )
         if size == 1:
             return
         if self.data_parallel.sharded:

@@ -15,6 +15,7 @@ DECAYS: Final = ("constant", "cosine", "linear")
 MODELS: Final = ("gpt",)
 PRECISIONS: Final = ("float32", "float64", "bf16", "fp16")
 SHARDINGS: Final = ("none", "fsdp2")
+COMPILE_MODES: Final = ("default", "max-autotune-no-cudagraphs")
 LOSS_WEIGHTINGS: Final = ("tokens", "micro_batches")
 _OTHER_NAMES: Final = {"fp32": "float32", "fp64": "float64", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
@@ -181,6 +182,34 @@ class TensorParallelSection(Section):
     """
 
     size: int = Field(default=1, ge=1)
+
+
+class CompileSection(Section):
+    """Layers compiled by ``torch.compile``, each by itself, for shapes that may change.
+
+    Attributes:
+        enabled: Whether layers are compiled; the first step of every shape then takes long.
+        backend: The compiler, as ``torch.compile`` names it.
+        mode: Of the ``inductor`` backend: ``default`` or ``max-autotune-no-cudagraphs``. Those that replay CUDA graphs
+            overwrite the output of one micro-batch by the next one's, and a pipeline has several under way.
+        layers: Class names of the layers to compile; empty compiles all.
+    """
+
+    enabled: bool = False
+    backend: str = "inductor"
+    mode: str | None = None
+    layers: tuple[str, ...] = ()
+
+    @field_validator("mode")
+    @classmethod
+    def _check_mode(cls, value: str | None) -> str | None:
+        return value if value is None else one_of("mode", COMPILE_MODES)(value)
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> Self:
+        if self.mode is not None and self.backend != "inductor":
+            raise ValueError(f"mode={self.mode} is one of inductor's, but backend is {self.backend}; remove mode")
+        return self
 
 
 class TrainSection(Section):

@@ -23,6 +23,7 @@ from penstock.pipe.local_stages import AnyStages, LocalStages
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.stage import Stage
 from penstock.runtime.batches import Collate, Cut, collate_samples
+from penstock.runtime.compiling import compile_layers
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
 from penstock.runtime.ledger_rates import Rates
@@ -138,6 +139,7 @@ def initialize(
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
             ready.dropping.wrap(stage)
+        compile_layers(settings.compile, stage)
         last_layer = None if module is None else len(module.parameter_counts) - 1
         built = _optimizer(settings, optimizer, shared, stage, last_layer=last_layer)
         local_updates = make_local_updates(settings, built, shared, groups, meter=meter, watcher=watcher)

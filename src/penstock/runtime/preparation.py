@@ -23,6 +23,7 @@ from penstock.pipe.schedule import SCHEDULES, Schedule, get_schedule
 from penstock.pipe.schedule.actions import W_CODE
 from penstock.pipe.tensor_parallel.plan import check_plans
 from penstock.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
+from penstock.runtime.compiling import check_compiling
 from penstock.runtime.config import TrainConfig, check_world, load_config
 from penstock.runtime.dropping import Dropping
 from penstock.runtime.feed import Feed
@@ -112,6 +113,12 @@ def prepare(
             module = module.divided_by("parameters", pipe_schedule.num_stages)
         _check_stages(module)
     _check_tensor_parallel(settings, model, optimizer)
+    check_compiling(settings.compile, model)
+    if settings.compile.enabled and any((actions.ops == W_CODE).any() for actions in pipe_schedule.ranks):
+        raise ValueError(
+            f"schedule {pipe_schedule.name!r} splits backward passes, and a compiled layer (compile.enabled) frees "
+            "what the second half needs; take a schedule with whole ones, such as '1f1b', or compile.enabled: false"
+        )
     _check_optimizer(model, optimizer, settings)
     _check_sharding(settings, pipe_schedule, optimizer)
     if pipe_schedule.slices > 1 and settings.random_ltd is not None and settings.random_ltd.enabled:
