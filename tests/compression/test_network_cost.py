@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.compression import create_compression_algorithm, known_algorithms
+from penstock.compression import create_compression_algorithm, get_compression_class, known_algorithms
 from penstock.compression.network.cost import (
     Prediction,
     exchange_of,
@@ -124,5 +124,7 @@ def test_quality_is_said_plainly() -> None:
 def test_a_model_of_which_only_the_size_is_known_has_that_size() -> None:
     for parameters in (1, 1 << 20, 25_000_000):
         for name in known_algorithms():
+            if not get_compression_class(name).__module__.startswith("penstock."):
+                continue  # another test's
             assert exchange_of(create_compression_algorithm(name), square_shapes(parameters), 2).nbytes > 0
         assert sum(s[0] * (s[1] if len(s) > 1 else 1) for s in square_shapes(parameters)) == parameters

@@ -96,7 +96,10 @@ def place(rank: int, stage: int, action: str, step: int = 2) -> str:
     return rf"rank {rank}, step {step}, stage {stage}, {action}, micro-batch \d"
 
 
-WAITS = r"rank \d, (stage \d, (RECV|SEND)_[FB], micro-batch \d, peer rank \d|all-reduce over replicas|mean loss)"
+WAITS = (
+    r"rank \d, (stage \d, (RECV|SEND)_[FB], micro-batch \d, peer rank \d|all-reduce over replicas|mean loss"
+    r"|number of real tokens[a-z ]*)"
+)
 LOST = f"WaitError: {WAITS}: failed: .*(Connection|peer)"
 
 ACCIDENTS = [
@@ -199,7 +202,9 @@ ACCIDENTS = [
         "a loss that is not a number",
         1,
         "nan",
-        ("NotFiniteError: step 2: the loss is nan; lower the learning rate, look at the samples at positions 16 to",),
+        ("NotFiniteError: step 2: the loss is nan; lower the learning rate, look at the samples at positions 16 and",),
+            "(NotFiniteError: )?step 2: the loss is nan; lower the learning rate, look at the samples at positions 16 to",
+        ),
         shape=REPLICAS,
     ),
     Accident(

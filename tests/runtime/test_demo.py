@@ -8,7 +8,7 @@ from penstock.data_pipeline.datasets import TokenWindows
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
 from penstock.runtime import demo
 from penstock.runtime.config import load_config
-from penstock.runtime.main_job import _model
+from penstock.runtime.main_job import reference_model
 from penstock.runtime.preparation import prepare
 
 
@@ -55,7 +55,7 @@ def test_an_intact_corpus_is_used_again_and_a_damaged_one_is_built_anew(
 
 def test_the_configuration_is_in_order(corpus: Path) -> None:
     config = load_config({**demo.demo_config(corpus), "output": str(corpus.parent / "run")})
-    model = _model(config)
+    model = reference_model(config)
     assert 2_000_000 <= model.total_parameters <= 3_000_000
     prepared = prepare(model, config, world_size=4)
     assert prepared.dropping is not None

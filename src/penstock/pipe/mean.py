@@ -10,6 +10,8 @@ from torch import Tensor
 from penstock._core.meter import CONTROL, Meter
 from penstock._core.waiting import Watcher
 
+_TALLIES: Final = 2
+"""Room for tallies in every sum, so that those of ranks that do different things are of one size."""
 _STEPS_TOLD_APART: Final = 1 << 15
 """Small enough for sums of squares over a million ranks to be exact."""
 
