@@ -203,8 +203,6 @@ ACCIDENTS = [
         1,
         "nan",
         ("NotFiniteError: step 2: the loss is nan; lower the learning rate, look at the samples at positions 16 and",),
-            "(NotFiniteError: )?step 2: the loss is nan; lower the learning rate, look at the samples at positions 16 to",
-        ),
         shape=REPLICAS,
     ),
     Accident(
