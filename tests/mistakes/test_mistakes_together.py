@@ -222,7 +222,7 @@ ACCIDENTS = [
         "one replica evaluates while the other trains",
         1,
         "eval",
-        ("not all ranks are; every rank must call train_batch|all-reduce over replicas: failed",),
+        (r"ValueError: this rank is (train|evaluat)ing at step 2, but not all ranks are; every rank must call tr",),
         shape=REPLICAS,
     ),
     Accident("a rank that leaves early", 1, "leave", (LOST,), code=0, silent=True),

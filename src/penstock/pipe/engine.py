@@ -153,8 +153,8 @@ class PipelineEngine:
             batches: This replica's micro-batches, in order; ranks between the first and the last stage may leave
                 inputs and targets None.
             step: Optimizer step, the same on every rank.
-            tally: Numbers to add up over all ranks along with the losses, tokens read here for example; as many on
-                every rank.
+            tally: Numbers to add up over all ranks along with the losses, tokens read here for example; at most two,
+                as many on every rank.
             loss_scale: What losses are multiplied by before the backward passes and gradients divided by before they
                 are exchanged; the same on every rank. It keeps small float16 gradients from vanishing.
             validate: Called, on every rank or on none, after the forward passes of
@@ -183,11 +183,13 @@ class PipelineEngine:
             mean = self._run_with_mean(program, state, tally)
             self._tied.sum()
             self.exchange.ready(self._tied.parameters)
+            # Before the exchange: it proves that all ranks train, which those that wait for gradients rely on. It
+            # needs only what came before anyone's last backward pass.
+            loss, tallied = mean.wait()
             # The exchange meters its own waits: only it knows what part of this is waiting.
             with self.watcher.waiting("exchange of gradients"):
                 self.exchange.finish()
             self._transport.drain()
-            loss, tallied = mean.wait()
         spent = {name: seconds - before.get(name, 0.0) for name, seconds in self.meter.seconds.items()}
         return StepResult(
             loss=loss,

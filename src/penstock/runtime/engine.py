@@ -395,6 +395,7 @@ class Engine:
             is_last=parts.cut.is_last,
             counts=parts.cut.counts,
             total_micro_batches=parts.cut.micro_batches * parts.cut.replicas,
+            step=self.progress.step,
             group=parts.groups.control,
             watcher=parts.watcher,
             meter=parts.meter,

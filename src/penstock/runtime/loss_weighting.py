@@ -12,11 +12,11 @@ number it is exactly 1.0 and changes nothing.
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 
-from penstock._core.meter import CONTROL, Meter
+from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
+from penstock.pipe.common_sum import CommonSum
 from penstock.pipe.labels import IGNORED, count_labels
 from penstock.pipe.micro_batch import MicroBatch
 
@@ -27,6 +27,7 @@ def weigh_by_tokens(
     is_last: bool,
     counts: bool,
     total_micro_batches: int,
+    step: int,
     group: dist.ProcessGroup | None,
     watcher: Watcher,
     meter: Meter,
@@ -38,20 +39,25 @@ def weigh_by_tokens(
         is_last: Whether this rank holds the last stage, where losses are computed.
         counts: Whether it is the one to count them, of several ranks that compute the same losses.
         total_micro_batches: Over all replicas.
+        step: Optimizer step.
         group: All ranks, on gloo; None for a world of one.
         watcher: Told of the wait.
         meter: Counts the bytes (``control``).
 
     Raises:
-        ValueError: No micro-batch of the global batch has a token.
+        ValueError: Not all ranks train at this step, or no micro-batch of the global batch has a token.
     """
     labels = [count_labels(batch.targets) if is_last else 0 for batch in batches]
-    total = torch.tensor(sum(labels) if counts else 0, dtype=torch.int64)
-    if group is not None:
-        with watcher.waiting("number of real tokens in the global batch"):
-            dist.all_reduce(total, group=group)
-        meter.all_reduce(CONTROL, total.nbytes, dist.get_world_size(group))
-    tokens = int(total)
+    total = CommonSum(
+        [sum(labels) if counts else 0],
+        "number of real tokens in the global batch",
+        step=step,
+        training=True,
+        group=group,
+        watcher=watcher,
+        meter=meter,
+    )
+    tokens = int(total.wait()[0])
     if tokens == 0:
         raise ValueError(
             f"no label in the global batch of {total_micro_batches} micro-batches is real (all are {IGNORED}); "
