@@ -5,7 +5,7 @@ decides initial weights and order, whatever the method. The loss is that of the 
 the weights that all replicas agree on; bytes are what a replica sends per step, on average over the whole run, warm-up
 included. Finished cells are kept in the results file, and a run goes on with those that are missing::
 
-    python -m benchmarks.compression.loss_quality            # half an hour on two quiet cores
+    python -m benchmarks.compression.loss_quality            # an hour on two quiet cores
     python -m benchmarks.compression.loss_quality --seeds 1 --steps 40 --results /tmp/try    # a look
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from penstock._core.files import atomic_file
+from penstock.compression import known_algorithms
 
 STEPS, SEEDS, REPLICAS, LENGTH = 240, (1, 2, 3), 2, 64
 MODEL: Final = {"num_layers": 2, "hidden_size": 96, "num_heads": 4}
@@ -50,12 +51,7 @@ def methods(steps: int) -> dict[str, dict[str, Any]]:
     slow = {"outer_momentum": 0.5}  # a run this short has too few exchanges for the paper's 0.9, which stands beside it
     return {
         BASELINE: {},
-        "AdamW, gradients bf16": _gradients("bf16"),
-        "AdamW, gradients int8": _gradients("int8"),
-        "AdamW, gradients int4": _gradients("int4"),
-        "AdamW, gradients onebit": _gradients("onebit"),
-        "AdamW, gradients topk": _gradients("topk"),
-        "AdamW, gradients PowerSGD": _gradients("powersgd"),
+        **{f"AdamW, gradients {name}": _gradients(name) for name in known_algorithms() if name != "none"},
         "1-bit Adam": _owner("onebit_adam", freeze_step=freeze),
         "0/1 Adam": _owner("zero_one_adam", options=zero_one),
         "1-bit LAMB": _owner("onebit_lamb", freeze_step=freeze, lr=1e-2),
