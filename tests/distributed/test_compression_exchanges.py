@@ -25,6 +25,7 @@ from penstock.compression import (
 )
 from penstock.compression.chunks import Part
 from penstock.compression.reduction import finish_all, make_reduction
+from penstock.runtime.config_sections import CompressionSection
 from support.pool import WorkerPool
 
 NAMES = [name for name in known_algorithms() if name not in ("none", "halve", "forgetful")]
@@ -118,13 +119,15 @@ def test_a_nan_is_seen_by_all_and_the_step_counts_as_not_made(pool: WorkerPool) 
     assert pool.run(with_a_nan, 3) == [[], [], []]
 
 
-def estimates(rank: int, world_size: int, rule: FeedbackRule) -> list[float]:
+def estimates(
+    rank: int, world_size: int, rule: FeedbackRule, name: str = "int2", options: dict[str, Any] | None = None
+) -> list[float]:
     """The error when every step sends the same."""
-    algorithm = create_compression_algorithm("int2", {"block_size": 64})
+    algorithm = create_compression_algorithm(name, options or {"block_size": 64})
     buffer = contribution(rank, 0)
     wanted = sum(contribution(r, 0) for r in range(world_size)) / world_size
-    memory = ErrorMemory.for_tensor(buffer, rule=rule)
-    reduction = make_reduction(buffer, algorithm, None, memory=memory, factor=1 / world_size)
+    memory = ErrorMemory.for_tensor(buffer, algorithm=algorithm, rule=rule, parts=parts())
+    reduction = make_reduction(buffer, algorithm, None, memory=memory, parts=parts(), factor=1 / world_size)
     errors = []
     for step in range(40):
         buffer.copy_(contribution(rank, 0))
@@ -140,6 +143,66 @@ def test_ef21_homes_in_on_what_stays_the_same(pool: WorkerPool) -> None:
         assert errors[-1] < 1e-3
     for errors in pool.run(estimates, 2, FeedbackRule(reset_every=4)):
         assert errors[4] == errors[0] == errors[8] != errors[5]
+
+
+SPARSE: list[tuple[str, dict[str, Any]]] = [
+    ("topk", {"chunk_size": 64, "keep": 8}),
+    ("topk_int2", {"chunk_size": 64, "keep": 16}),
+    ("dct_topk", {"chunk": 16, "topk": 32}),
+    ("randomk", {"every": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), SPARSE)
+def test_ef21_homes_in_with_few_elements_a_step(pool: WorkerPool, name: str, options: dict[str, Any]) -> None:
+    answers = pool.run(estimates, 3, FeedbackRule("ef21"), name, options)
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0][0] > 0.2
+    assert answers[0][-1] < 1e-3
+
+
+def followed(rank: int, world_size: int, name: str, options: dict[str, Any], steps: int) -> list[Any]:
+    """Sums that change from step to step, one of them spoilt, and the estimates after them."""
+    algorithm = create_compression_algorithm(name, options)
+    buffer = torch.zeros(1000, dtype=torch.float64)
+    memory = ErrorMemory.for_tensor(buffer, algorithm=algorithm, rule=FeedbackRule("ef21"))
+    reduction = make_reduction(buffer, algorithm, None, memory=memory)
+    results = []
+    for step in range(steps):
+        buffer.copy_(stepping(rank, step))
+        if step == 2 and rank == 1:
+            buffer[17] = torch.nan
+        reduction.start(step)
+        reduction.wait()
+        results.append(buffer.clone())
+    return [results, memory.worker, memory.result]
+
+
+def stepping(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(1000, generator=generator, dtype=torch.float64) + rank
+
+
+@pytest.mark.parametrize(("name", "options"), [SPARSE[0], SPARSE[1], SPARSE[3]])
+def test_ef21_of_few_elements_is_its_papers_recursion(pool: WorkerPool, name: str, options: dict[str, Any]) -> None:
+    ranks, steps = 3, 5
+    answers = pool.run(followed, ranks, name, options, steps)
+    estimate = [torch.zeros(1000, dtype=torch.float64) for _ in range(ranks)]
+    algorithm = create_compression_algorithm(name, options)
+    for step in range(steps):
+        if step == 2:  # nobody takes in what one rank's NaN was sent with
+            assert all(results[step].isnan().any() for results, _, _ in answers)
+            continue
+        for rank in range(ranks):
+            place = (step, 0) if algorithm.linear else (step, 0, rank, 0)
+            payload = algorithm.keyed(*place).compress(stepping(rank, step) - estimate[rank])
+            estimate[rank] += algorithm.decompress(payload, torch.empty(1000, dtype=torch.float64))
+        for results, _, _ in answers:
+            torch.testing.assert_close(results[step], sum(estimate), rtol=1e-6, atol=1e-6)
+            assert torch.equal(results[step], answers[0][0][step])
+    for rank, (_, worker, result) in enumerate(answers):
+        torch.testing.assert_close(worker, estimate[rank], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(result, sum(estimate), rtol=1e-6, atol=1e-6)
 
 
 def hierarchical(rank: int, world_size: int, name: str | None) -> tuple[Tensor, Tensor, int]:
@@ -250,9 +313,12 @@ def test_random_choices_and_warm_starts_resume_bitwise(pool: WorkerPool, name: s
     assert pool.run(stop_and_go_on, 2, name, options) == [True, True]
 
 
-def owing(rank: int, world_size: int, states: list[dict[str, Any]] | None) -> dict[str, Any]:
+def owing(
+    rank: int, world_size: int, states: list[dict[str, Any]] | None, name: str = "onebit", kind: Any = "classic"
+) -> dict[str, Any]:
     model = network()
-    reducer = Reducer([list(model.named_parameters())], algorithm=create_compression_algorithm("onebit"))
+    algorithm, rule = create_compression_algorithm(name), FeedbackRule(kind)
+    reducer = Reducer([list(model.named_parameters())], algorithm=algorithm, error_feedback=rule)
     if states is None:
         train(rank, world_size, reducer, model, range(3))
     else:
@@ -272,6 +338,17 @@ def test_another_number_of_ranks_takes_over_what_is_owed(pool: WorkerPool, ranks
     assert [state["step"] for state in after] == [3] * ranks
     torch.testing.assert_close(total(after), total(before), rtol=0, atol=1e-15)
     assert total(before).abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["topk", "int8"])
+def test_another_number_of_ranks_takes_over_estimates(pool: WorkerPool, name: str) -> None:
+    before = pool.run(owing, 3, None, name, "ef21")
+    for state in pool.run(owing, 2, before, name, "ef21"):
+        assert torch.equal(state["bucket_000.result"], before[0]["bucket_000.result"])
+        # Two ranks know of each other what three knew: all in all the same.
+        known = sum(old["bucket_000.worker"] for old in before)
+        torch.testing.assert_close(2 * state["bucket_000.worker"], known, rtol=1e-12, atol=1e-15)
+        assert known.abs().max() > 0
 
 
 def sharded(rank: int, world_size: int, gradients: str | None, weights: str | None) -> tuple[list[float], int]:
@@ -320,8 +397,11 @@ def test_what_does_not_go_together_is_refused() -> None:
     named = [("w", nn.Parameter(torch.zeros(4, 4)))]
     with pytest.raises(ValueError, match="powersgd without error feedback"):
         Reducer([named], algorithm=powersgd, error_feedback=False)
-    with pytest.raises(ValueError, match="EF21 is made for algorithms in two phases"):
-        Reducer([named], algorithm=topk, error_feedback=FeedbackRule("ef21"))
+    for name, message in (("fp16", "the all-reduce of fp16 rounds the sum once more"), ("powersgd", "would mislead")):
+        with pytest.raises(ValueError, match=message):
+            Reducer([named], algorithm=create_compression_algorithm(name), error_feedback=FeedbackRule("ef21"))
+        with pytest.raises(ValueError, match=message):
+            CompressionSection(algorithm=name, error_feedback="ef21")
     with pytest.raises(ValueError, match=r"scaled=True multiplies by 32"):
         Reducer([named], algorithm=create_compression_algorithm("randomk", {"scaled": True}))
     with pytest.raises(ValueError, match="parameter in masks: 'v'"):

@@ -82,6 +82,7 @@ def with_a_step_undone(rank: int, world_size: int, name: str, error_feedback: An
         ("topk", True),
         ("bf16", True),
         ("int4", {"kind": "ef21"}),
+        ("topk_int2", {"kind": "ef21"}),
         ("int8", {"reset_every": 2}),
     ],
 )

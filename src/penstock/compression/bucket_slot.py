@@ -97,6 +97,8 @@ class BucketSlot:
                 mask = self._mask[self._shard]
                 self.memory.worker.mul_(mask)
                 self.memory.server.mul_(mask[self.chunk_start : self.chunk_start + self.memory.server.numel()])
+                if self.memory.result is not None:
+                    self.memory.result.mul_(mask)
         for parameter, view in zip(self.bucket.parameters, self._views, strict=True):
             if not parameter.requires_grad:
                 continue

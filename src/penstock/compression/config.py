@@ -45,10 +45,9 @@ class CompressionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        algorithm = self.create()
-        if self.error_feedback and not algorithm.lossless:
-            algorithm.check_feedback()
-        self.feedback()
+        algorithm, rule = self.create(), self.feedback()
+        if rule is not None and not algorithm.lossless:
+            rule.check(algorithm)
         return self
 
     def feedback(self) -> FeedbackRule | None:

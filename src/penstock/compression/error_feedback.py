@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from penstock.compression.algorithm import CompressionAlgorithm, Payload
+from penstock.compression.algorithms.powersgd import PowerSGD
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,27 @@ class FeedbackRule:
     def resets_at(self, step: int) -> bool:
         """Whether the memory is emptied before this step (from 0)."""
         return self.reset_every > 0 and step > 0 and step % self.reset_every == 0
+
+    def check(self, algorithm: CompressionAlgorithm) -> None:
+        """Raise ``ValueError`` if errors of this algorithm cannot be carried over so."""
+        algorithm.check_feedback()
+        if self.kind == "ef21" and isinstance(algorithm, PowerSGD):
+            raise ValueError(
+                "powersgd starts each step from the last one's factors, which EF21's differences would mislead; "
+                "take classic error feedback"
+            )
+
+    def check_sum(self, algorithm: CompressionAlgorithm) -> None:
+        """Raise ``ValueError`` if errors of a sum over ranks by this algorithm cannot be carried over so."""
+        if algorithm.lossless:
+            return
+        self.check(algorithm)
+        halves = algorithm.linear and any(field.dtype.itemsize < 4 for field in algorithm.payload_layout(1))
+        if self.kind == "ef21" and halves:
+            raise ValueError(
+                f"EF21 adds up what was sent, and the all-reduce of {algorithm.name} rounds the sum once more, so the "
+                "estimate would drift away from what the ranks have sent; take classic error feedback, or int8"
+            )
 
 
 CLASSIC = FeedbackRule()

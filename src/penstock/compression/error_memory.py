@@ -23,7 +23,8 @@ class ErrorMemory:
         worker: See below.
         server: See below.
         rule: How errors are carried over.
-        result: With EF21, the estimate of the result that all ranks share, ``[numel]``.
+        result: With EF21, the estimate of the result that all ranks share, ``[numel]``; where a payload goes to all
+            ranks, the sum of what they know of each other's contributions.
         starts: Where PowerSGD's iterations start, one for each matrix.
         two_phases: Whether the exchange sums chunks, so that there is something to owe for them.
 
@@ -31,6 +32,7 @@ class ErrorMemory:
         worker: What this rank did not send of its own contribution, ``[numel]``; with EF21, what the others know of it.
         server: What this rank did not send of the sum that it makes for its chunk, ``[chunk]``; with EF21, the sum of
             what it knows of the contributions. Empty where an exchange has no such sum.
+        result: See above.
     """
 
     def __init__(
@@ -75,18 +77,13 @@ class ErrorMemory:
             ValueError: The algorithm and error feedback do not go together.
         """
         if algorithm is not None:
-            algorithm.check_feedback()
+            rule.check_sum(algorithm)
         numel = tensor.numel()
         if inside is not None and ranks_of(inside) > 1:
             start, stop = chunk_bounds(numel, ranks_of(inside))[rank_in(inside)]
             numel = stop - start
         start, stop = chunk_bounds(numel, ranks_of(group))[rank_in(group)]
         two_phases = algorithm is None or not (algorithm.linear or algorithm.sparse or algorithm.shaped)
-        if rule.kind == "ef21" and not two_phases:
-            raise ValueError(
-                f"EF21 is made for algorithms in two phases (int8, onebit and the like), not for {algorithm}; "
-                "take classic error feedback"
-            )
 
         def zeros(size: int) -> Tensor:
             return torch.zeros(size, dtype=memory_dtype(tensor.dtype), device=tensor.device)
@@ -113,6 +110,20 @@ class ErrorMemory:
                 f"the tensor has {numel} and rank {rank} of {ranks} sums {stop - start}; make one with "
                 "ErrorMemory.for_tensor(tensor, group) and keep it for this tensor alone"
             )
+
+    def accept_estimate(self, tensor: Tensor, sent: Tensor, *, finite: bool) -> None:
+        """EF21: what was sent becomes part of the estimates.
+
+        Args:
+            tensor: What all ranks together sent, ``[numel]``; becomes the estimate of the result.
+            sent: This rank's part of it.
+            finite: Whether it is to be remembered.
+        """
+        assert self.result is not None  # only EF21 has estimates
+        tensor.add_(self.result)
+        if finite:
+            self.result.copy_(tensor)
+            self.worker.add_(sent)
 
     def tensors(self) -> dict[str, Tensor]:
         """All memories by name, for a state dict; not copies. Those that an exchange has no use for are left out."""

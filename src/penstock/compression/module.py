@@ -75,12 +75,7 @@ class CompressionModule:
         self._starts: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         if self.error_feedback:
-            algorithm.check_feedback()
-            if isinstance(algorithm, PowerSGD) and self._rule.kind == "ef21":
-                raise ValueError(
-                    "powersgd starts each step from the last one's factors, which EF21's differences would mislead; "
-                    "take classic error feedback"
-                )
+            self._rule.check(algorithm)
 
     def __call__(self, tensor: Tensor, name: str = "") -> Tensor:
         """Compress and decompress: a new tensor of the same shape and dtype, as a receiver would see it."""

@@ -315,8 +315,9 @@ class CompressionSection(Section):
     @model_validator(mode="after")
     def _check_algorithm(self) -> Self:
         algorithm = create_compression_algorithm(self.algorithm, self.options)
-        if self.error_feedback and not algorithm.lossless:
-            algorithm.check_feedback()
+        rule = self.feedback()
+        if isinstance(rule, FeedbackRule):
+            rule.check_sum(algorithm)
         if not self.error_feedback and algorithm.name == "powersgd":
             raise ValueError(
                 "compression.algorithm=powersgd without error feedback loses all but a few directions for good; set "
@@ -327,7 +328,6 @@ class CompressionSection(Section):
                 f"compression.algorithm={self.algorithm} compresses whole matrices, but replicas_per_machine="
                 f"{self.replicas_per_machine} cuts them into shards; take another algorithm, or replicas_per_machine: 1"
             )
-        self.feedback()
         return self
 
     def feedback(self) -> bool | FeedbackRule:

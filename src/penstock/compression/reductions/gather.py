@@ -22,7 +22,8 @@ from penstock.compression.reductions.linear import take_back
 class GatherReduction(StagedReduction):
     """For sparse payloads: the sum is exact, and summed in rank order by every rank, so the bits are the same on all.
 
-    A result with a NaN or infinity counts as not made: the memory goes back to what it was, up to rounding.
+    A result with a NaN or infinity counts as not made: the memory goes back to what it was, up to rounding (with EF21
+    it is never touched).
 
     Args:
         tensor: Flat and contiguous, float32 or float64; holds the result after :meth:`wait`.
@@ -72,12 +73,23 @@ class GatherReduction(StagedReduction):
             write_wire(wire, payload, layout)
         yield self._wires.all_gather(self._all, self._mine, "all-gather of compressed tensors")
         payloads = [self._payloads(wire) for wire in self._all.view(self._wires.ranks, -1)]
-        if memory is not None and not all(is_finite(payload) for one in payloads for payload in one):
-            sent = self._sum([payloads[self._wires.rank]], torch.empty_like(memory.worker))
-            take_back(memory.worker, sent, self._tensor, memory)
-        self._sum(payloads, self._tensor)
+        self._settle(payloads)
         if self._factor != 1.0:
             self._tensor.mul_(self._factor)
+
+    def _settle(self, payloads: list[list[Payload]]) -> None:
+        """The sum into the tensor; the memory follows what became of it."""
+        memory = self._memory
+        finite = memory is None or all(is_finite(payload) for one in payloads for payload in one)
+        if memory is None or (finite and memory.result is None):
+            self._sum(payloads, self._tensor)
+            return
+        sent = self._sum([payloads[self._wires.rank]], torch.empty_like(memory.worker))
+        if memory.result is not None:
+            memory.accept_estimate(self._sum(payloads, self._tensor), sent, finite=finite)
+            return
+        take_back(memory.worker, sent, self._tensor, memory)
+        self._sum(payloads, self._tensor)
 
     def _payloads(self, wire: Tensor) -> list[Payload]:
         wires = torch.split(wire, self._sizes)

@@ -95,7 +95,7 @@ class TwoPhaseReduction(StagedReduction):
                 self._take_back(memory, payload)
             self._decompress(sums, self._tensor)
         else:
-            self._accept_estimate(memory, memory.result, sums)
+            self._accept_estimate(memory, sums)
 
     def _compress_chunks(self, step: int) -> None:
         offset = 0
@@ -148,13 +148,12 @@ class TwoPhaseReduction(StagedReduction):
         take_back(memory.worker, sent, self._tensor, memory)
         take_back(memory.server, self._algorithm.decompress(payload, torch.empty_like(self._sum)), self._sum, memory)
 
-    def _accept_estimate(self, memory: ErrorMemory, result: Tensor, parts: list[Payload]) -> None:
+    def _accept_estimate(self, memory: ErrorMemory, parts: list[Payload]) -> None:
         """EF21: what was sent becomes part of the estimates, unless the result is not finite."""
+        finite = all(is_finite(part) for part in parts)
+        sent = torch.empty_like(memory.worker)
         self._decompress(parts, self._tensor)
-        self._tensor.add_(result)
-        if all(is_finite(part) for part in parts):
-            result.copy_(self._tensor)
-            sent = torch.empty_like(memory.worker)
-            self._decompress(self._sent(), sent)
-            memory.worker.add_(sent)
+        self._decompress(self._sent(), sent)
+        memory.accept_estimate(self._tensor, sent, finite=finite)
+        if finite:
             memory.server.add_(self._sum)
