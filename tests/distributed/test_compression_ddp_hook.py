@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from penstock._core.meter import REPLICAS, Meter
-from penstock.compression import DDPCompression, create_compression_algorithm, ddp_compression_hook
+from penstock.compression import DDPCompression, FeedbackRule, create_compression_algorithm, ddp_compression_hook
 from support.pool import WorkerPool
 
 
@@ -199,6 +199,55 @@ def test_a_layer_that_does_not_run_leaves_the_ranks_equal(pool: WorkerPool) -> N
         assert len(a) == len(b)
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert names
+
+
+def scaled(rank: int, world_size: int, name: str, kind: Any, scaling: str) -> list[Any]:
+    """SGD for eight steps, of which the sixth overflows in one layer of one rank; its scale changes every other step.
+
+    ``scaling``: ``"told"`` with a GradScaler that the hook knows of, ``"untold"`` with one that it does not, ``"none"``
+    without, and without the step that the others skip.
+    """
+    torch.manual_seed(1)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(50, 50), nn.Tanh())))
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**20, growth_interval=2, backoff_factor=2.0**-6, enabled=scaling != "none"
+    )
+    state = DDPCompression(
+        create_compression_algorithm(name),
+        error_feedback=FeedbackRule(kind),
+        scaler=scaler if scaling != "untold" else None,
+    )
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=0.015)
+    wrapped.register_comm_hook(state, ddp_compression_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scales = []
+    for step in range(8):
+        if step == 5 and scaling == "none":
+            continue
+        loss = wrapped(inputs(rank, step).float()).square().mean()
+        if step == 5 and rank == 1:
+            loss = loss + 1e36 * model[2].weight.sum()  # type: ignore[union-attr, operator]
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return [[p.detach().clone() for p in model.parameters()], scales, state.step, state.state_dict()]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("onebit", "classic"), ("powersgd", "classic"), ("topk", "ef21")])
+def test_a_loss_scale_that_changes_and_a_skipped_step_leave_no_trace(pool: WorkerPool, name: str, kind: str) -> None:
+    plain, told = (pool.run(scaled, 2, name, kind, scaling) for scaling in ("none", "told"))
+    for (weights, scales, steps, state), (wanted, _, _, memories) in zip(told, plain, strict=True):
+        # Powers of two change no bits but exponents.
+        assert scales == [2.0**k for k in (20, 20, 21, 21, 22, 22, 16, 16)]
+        assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
+        assert steps == 7
+        assert state.keys() == memories.keys()
+        assert all(torch.equal(a, memories[key]) for key, a in state.items() if isinstance(a, torch.Tensor))
+    if name == "onebit":
+        (untold, *_), _ = pool.run(scaled, 2, name, kind, "untold")
+        assert not all(torch.equal(a, b) for a, b in zip(untold, plain[0][0], strict=True))
 
 
 def test_warm_up_cannot_be_negative() -> None:

@@ -23,7 +23,7 @@ from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.algorithms.powersgd import PowerSGD
 from penstock.compression.chunks import Part
-from penstock.compression.error_feedback import CLASSIC, FeedbackRule, memory_dtype
+from penstock.compression.error_feedback import CLASSIC, FeedbackRule, all_finite, memory_dtype
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.group import ranks_of
 from penstock.compression.reduction import Reduction, finish_all, make_reduction
@@ -40,11 +40,17 @@ class DDPCompression:
     DDP rearranges its buckets once, after the first step; a bucket whose parameters change starts with an empty
     error memory. With ``warmup_steps`` of at least 1 nothing is lost by that.
 
+    Where a ``GradScaler`` scales the loss, give it here: its scale changes the units of the gradients, and what was
+    owed in the old units must not be paid in the new ones.
+
     Args:
         algorithm: None for no compression.
         group: The group that DDP was given; None is the default group.
         error_feedback: Keep what compression leaves out for the next step; a :class:`FeedbackRule` says how.
         warmup_steps: Steps at the start that go uncompressed.
+        scaler: What scales the loss, of one optimizer. Gradients are compressed in units of the unscaled loss, whatever
+            the scale does. A step with a NaN or infinity anywhere, which the scaler has the optimizer skip, counts as
+            not made: all memories are, to the bit, what they were before it (for which there is a copy of them).
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
     """
@@ -56,6 +62,7 @@ class DDPCompression:
         group: dist.ProcessGroup | None = None,
         error_feedback: bool | FeedbackRule = True,
         warmup_steps: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
     ) -> None:
@@ -71,6 +78,8 @@ class DDPCompression:
             )
         self._rule = error_feedback if isinstance(error_feedback, FeedbackRule) else CLASSIC
         self._error_feedback = bool(error_feedback) and algorithm is not None and not algorithm.lossless
+        self._scaler = scaler
+        self._scale = 1.0
         self._meter = meter
         self._watcher = watcher
         self._slots: dict[int, _Slot] = {}
@@ -86,21 +95,32 @@ class DDPCompression:
         slot = self._slot_for(bucket)
         if slot.flat.data_ptr() != buffer.data_ptr():
             slot.flat.copy_(buffer)
+        scaled = self._scaler is not None and self._scaler.is_enabled()
+        if scaled and not self._in_flight:
+            assert self._scaler is not None
+            self._scale = self._scaler.get_scale()
         reduction = slot.compressed if self.step >= self.warmup_steps else slot.plain
+        if scaled:
+            slot.keep_memory()
+            slot.flat.div_(self._scale)
         reduction.start(self.step)
         for earlier in self._in_flight:
             earlier.reduction.advance()
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []
         future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-        self._in_flight.append(_Launched(reduction, slot.flat, buffer, future))
+        self._in_flight.append(_Launched(reduction, slot, buffer, future))
         if bucket.is_last():
             launched, self._in_flight = self._in_flight, []
             finish_all(work.reduction for work in launched)
             for work in launched:
-                work.finish()
+                work.finish(self._scale if scaled else 1.0)
+            if scaled and not all(all_finite(work.buffer) for work in launched):
+                for work in launched:
+                    work.slot.restore_memory()
+            else:
+                self.step += 1
             for index in [index for index in self._slots if index > bucket.index()]:  # of the layout before
                 del self._slots[index]
-            self.step += 1
         return future
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,19 +200,36 @@ class _Slot:
         self.memory = memory
         self.plain = plain
         self.compressed = compressed
+        self._before: dict[str, Tensor] = {}
+
+    def keep_memory(self) -> None:
+        if self.memory is None:
+            return
+        for name, tensor in self.memory.tensors().items():
+            if name in self._before:
+                self._before[name].copy_(tensor)
+            else:
+                self._before[name] = tensor.clone()
+
+    def restore_memory(self) -> None:
+        if self.memory is None:
+            return
+        for name, tensor in self.memory.tensors().items():
+            tensor.copy_(self._before[name])
 
 
 class _Launched:
-    def __init__(
-        self, reduction: Reduction, flat: Tensor, buffer: Tensor, future: torch.futures.Future[Tensor]
-    ) -> None:
+    def __init__(self, reduction: Reduction, slot: _Slot, buffer: Tensor, future: torch.futures.Future[Tensor]) -> None:
         self.reduction = reduction
-        self.flat = flat
+        self.slot = slot
         self.buffer = buffer
         self.future = future
 
-    def finish(self) -> None:
+    def finish(self, scale: float) -> None:
         self.reduction.wait()
-        if self.flat.data_ptr() != self.buffer.data_ptr():
-            self.buffer.copy_(self.flat)
+        flat = self.slot.flat
+        if scale != 1.0:
+            flat.mul_(scale)
+        if flat.data_ptr() != self.buffer.data_ptr():
+            self.buffer.copy_(flat)
         self.future.set_result(self.buffer)
