@@ -35,7 +35,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         aside.chmod(0o666 & ~_umask())
         aside.replace(target)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nothing half-written stays, and the error goes on
         aside.unlink(missing_ok=True)
         raise
     sync_directory(target.parent)

@@ -1,5 +1,6 @@
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,26 @@ def test_the_order_is_the_stable_one(values: list[float], run: int) -> None:
     out = np.full(len(values), -1, dtype=np.int64)
     sort_order(np.array(values), out, run=run)
     assert out.tolist() == sorted(range(len(values)), key=lambda i: (values[i], i))
+
+
+_FLOATS = st.sampled_from([0.0, -0.0, 5e-324, -5e-324, 1e308, -1e308, float("inf"), float("-inf")]) | st.floats(-2, 2)
+_INTEGERS = {
+    np.int64: st.sampled_from([-(1 << 63), -1, 0, 1 << 40, (1 << 63) - 1]) | st.integers(-70_000, 70_000),
+    np.uint64: st.sampled_from([0, 1 << 63, (1 << 64) - 1]) | st.integers(0, 70_000),
+    np.int16: st.integers(-(1 << 15), (1 << 15) - 1),
+    np.bool_: st.booleans(),
+}
+
+
+@given(st.data(), st.sampled_from([np.float64, np.float32, *_INTEGERS]), st.integers(1, 40))
+def test_the_order_is_the_stable_one_at_the_ends_of_every_type(data: st.DataObject, dtype: Any, run: int) -> None:
+    """Numbers are sorted sixteen bits at a time: signs, exponents and what wraps around must not change places."""
+    numbers = data.draw(st.lists(_INTEGERS.get(dtype, _FLOATS), max_size=40))
+    with np.errstate(over="ignore"):
+        values = np.array(numbers, dtype=dtype)
+    out = np.empty(len(values), dtype=np.int64)
+    sort_order(values, out, run=run)
+    assert out.tolist() == np.argsort(values, kind="stable").tolist()
 
 
 @pytest.mark.parametrize("kind", ["distinct", "equal", "skewed"])

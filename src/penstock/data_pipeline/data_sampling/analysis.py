@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -173,17 +174,20 @@ def seal_analysis(
         counts: How often each token number occurs, where it was counted.
     """
     target = Path(directory)
-    for name in metrics:
-        values, path = store.values(name), store.directory / _order_file(name)
-        order = new_array(path, num_samples, np.dtype(np.int64))
-        sort_order(values, order)
-        sync_array(path, order)
-        sync_array(store.file(name), values)
-    _write_table(store.directory / TABLE, {name: store.values(name) for name in metrics}, num_samples)
+    with ThreadPoolExecutor(1) as aside:  # which writes and waits for the disk while the samples are sorted
+        columns = {name: store.values(name) for name in metrics}
+        written = [aside.submit(_write_table, store.directory / TABLE, columns, num_samples)]
+        if counts is not None:
+            written.append(aside.submit(_save, store.directory / COUNTS, counts))
+        for name, values in columns.items():
+            path = store.directory / _order_file(name)
+            order = new_array(path, num_samples, np.dtype(np.int64))
+            sort_order(values, order)
+            written += [aside.submit(sync_array, path, order), aside.submit(sync_array, store.file(name), values)]
+    for task in written:
+        task.result()
     files = [file for name in metrics for file in (_values_file(name), _order_file(name))] + [TABLE]
-    if counts is not None:
-        _save(store.directory / COUNTS, counts)
-        files.append(COUNTS)
+    files += [] if counts is None else [COUNTS]
     (target / MANIFEST_NAME).unlink(missing_ok=True)
     for file in files:
         (store.directory / file).replace(target / file)
@@ -230,7 +234,10 @@ def _write_table(path: Path, values: dict[str, npt.NDArray[Any]], num_samples: i
 
     fields = [("sample", pa.int64()), *((name, pa.from_numpy_dtype(found.dtype)) for name, found in values.items())]
     schema = pa.schema(fields)
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    # Numbers that hardly repeat need no dictionary, and whole ones lie close to their neighbours.
+    encodings = {field.name: "DELTA_BINARY_PACKED" for field in schema if pa.types.is_integer(field.type)}
+    how: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "column_encoding": encodings}
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, **how) as writer:
         for start in range(0, num_samples, _ROW_GROUP):
             stop = min(start + _ROW_GROUP, num_samples)
             columns = [pa.array(np.arange(start, stop)), *(pa.array(found[start:stop]) for found in values.values())]

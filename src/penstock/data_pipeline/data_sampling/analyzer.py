@@ -165,7 +165,7 @@ class DataAnalyzer:
                     dtypes={VOCABULARY_RARITY: np.dtype(np.float64)},
                 )
                 self._pass(1, VOCABULARY_RARITY, second, store)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: what was measured is kept, and the error goes on
             store.leave()
             raise
         return seal_analysis(

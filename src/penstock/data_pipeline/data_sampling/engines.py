@@ -11,7 +11,7 @@ import itertools
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -57,26 +57,30 @@ def map_ranges(
         return
     daft = _daft(engine)
 
-    # Daft pickles what it calls even where nothing travels, so here it is given a ticket, not the dataset.
+    # Daft pickles what it calls even where nothing travels, so here it is given a ticket, not the dataset; and what is
+    # found stays where it is.
+    errand = _Errand(function)
     ticket = next(_tickets)
-    work = _Ticket(ticket) if engine == "native" else function
-    _running[ticket] = function
+    _running[ticket] = errand
+    work = _Ticket(ticket) if engine == "native" else _Parcel(function)
 
     @daft.udf(return_dtype=daft.DataType.binary(), batch_size=1)  # type: ignore[untyped-decorator,unused-ignore]
-    def compute(start: Any, end: Any) -> list[bytes]:
-        return [_packed(work, a, b) for a, b in zip(start.to_pylist(), end.to_pylist(), strict=True)]
+    def compute(number: Any, start: Any, end: Any) -> list[bytes]:
+        rows = zip(number.to_pylist(), start.to_pylist(), end.to_pylist(), strict=True)
+        return [work(i, a, b) for i, a, b in rows]
 
     ranges = list(itertools.pairwise(bounds))
     starts, ends = [ranges[i][0] for i in which], [ranges[i][1] for i in which]
     frame = daft.from_pydict({"range": list(which), "start": starts, "end": ends})
     if engine == "ray":
         frame = frame.repartition(min(len(which), _RAY_PARTITIONS))
-    frame = frame.into_batches(1).select("range", compute(daft.col("start"), daft.col("end")).alias("found"))
-    batches = frame.to_arrow_iter()
+    columns = [daft.col(name) for name in ("range", "start", "end")]
+    batches = frame.into_batches(1).select("range", compute(*columns).alias("found")).to_arrow_iter()
     try:
         for batch in batches:
             for row in batch.to_pylist():
-                yield row["range"], _unpacked(row["found"])
+                number, answer = row["range"], _opened(row["found"])
+                yield number, errand.found.pop(number) if engine == "native" else answer
     finally:
         # Daft cannot be left in the middle: what has not begun here ends at once, and the rest is waited for.
         del _running[ticket]
@@ -85,19 +89,46 @@ def map_ranges(
                 pass
 
 
+@dataclass(frozen=True)
+class _Errand:
+    """A function of this process that Daft calls, and what it has found by the number of the range."""
+
+    function: RangeFunction
+    found: dict[int, list[npt.NDArray[Any]]] = field(default_factory=dict)
+
+
 _tickets = itertools.count()
-_running: dict[int, RangeFunction] = {}
+_running: dict[int, _Errand] = {}
 
 
 @dataclass(frozen=True)
 class _Ticket:
-    """Stands for a function of this process."""
+    """Stands for an errand of this process, whose arrays stay here."""
 
     number: int
 
-    def __call__(self, start: int, stop: int) -> Sequence[npt.NDArray[Any]]:
-        function = _running.get(self.number)
-        return [] if function is None else function(start, stop)
+    def __call__(self, number: int, start: int, stop: int) -> bytes:
+        errand = _running.get(self.number)
+        if errand is None:
+            return _FOUND
+        kind, arrays = _tried(errand.function, start, stop)
+        errand.found[number] = arrays
+        return kind
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """The function itself, for other processes, whose arrays come back as bytes."""
+
+    function: RangeFunction
+
+    def __call__(self, number: int, start: int, stop: int) -> bytes:
+        kind, arrays = _tried(self.function, start, stop)
+        file = io.BytesIO()
+        file.write(kind)
+        for array in arrays:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+        return file.getvalue()
 
 
 _RAY_PARTITIONS: Final = 1024
@@ -121,22 +152,17 @@ def _daft(engine: Engine) -> Any:
     return daft
 
 
-def _packed(function: RangeFunction, start: int, stop: int) -> bytes:
-    """The arrays as bytes, or the error as text: engines differ in what becomes of an exception."""
+def _tried(function: RangeFunction, start: int, stop: int) -> tuple[bytes, list[npt.NDArray[Any]]]:
+    """The arrays, or the error as text: engines differ in what becomes of an exception."""
     try:
-        arrays = function(start, stop)
+        return _FOUND, list(function(start, stop))
     except ValueError as error:
-        return _WRONG + str(error).encode()
-    except Exception:
-        return _FAILED + traceback.format_exc().encode()
-    file = io.BytesIO()
-    file.write(_FOUND)
-    for array in arrays:
-        np.lib.format.write_array(file, array, allow_pickle=False)
-    return file.getvalue()
+        return _WRONG + str(error).encode(), []
+    except Exception:  # whatever a user's function may raise is told with its traceback where the work was asked for
+        return _FAILED + traceback.format_exc().encode(), []
 
 
-def _unpacked(found: bytes) -> list[npt.NDArray[Any]]:
+def _opened(found: bytes) -> list[npt.NDArray[Any]]:
     kind, rest = found[:1], found[1:]
     if kind == _WRONG:
         raise ValueError(rest.decode())

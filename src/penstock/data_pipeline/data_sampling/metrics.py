@@ -50,7 +50,9 @@ def count_tokens(
             f"token numbers run from {low} to {high}, but the vocabulary has {limit}; "
             "give the right vocabulary_size, or mend the tokens"
         )
-    found = np.bincount(tokens.astype(np.int64, copy=False), minlength=len(counts))
+    if tokens.dtype == np.uint64:  # the one type that bincount does not take as it is
+        tokens = tokens.astype(np.int64)
+    found = np.bincount(tokens, minlength=len(counts))
     if len(found) > len(counts):
         found[: len(counts)] += counts
         return found.astype(np.int64, copy=False)

@@ -105,11 +105,13 @@ def _indexed_bounds(dataset: IndexedDataset, shard_tokens: int) -> list[int]:
 
 
 def _indexed(dataset: IndexedDataset, start: int, stop: int, batch_tokens: int) -> Iterator[RaggedBatch]:
-    while start < stop:
-        ends = np.cumsum(dataset.lengths[start : min(stop, start + batch_tokens)].astype(np.int64) + 1)
-        end = start + max(1, int(np.searchsorted(ends, batch_tokens, side="right")))
-        yield RaggedBatch(start, *dataset.read_range(start, end))
-        start = end
+    for first in range(start, stop, _BOUNDS_CHUNK):
+        ends = np.cumsum(dataset.lengths[first : min(stop, first + _BOUNDS_CHUNK)].astype(np.int64) + 1)
+        at = held = 0
+        while at < len(ends):
+            end = max(at + 1, int(np.searchsorted(ends, held + batch_tokens, side="right")))
+            yield RaggedBatch(first + at, *dataset.read_range(first + at, first + end))
+            at, held = end, int(ends[end - 1])
 
 
 def _windows(dataset: TokenWindows, start: int, stop: int, batch_tokens: int) -> Iterator[RaggedBatch]:
