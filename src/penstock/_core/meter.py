@@ -26,18 +26,27 @@ class Meter:
             ``2 (n-1)/n`` of the buffer for an all-reduce over ``n`` ranks, ``(n-1)/n`` for an all-to-all, ``(n-1)``
             times its own part for an all-gather.
         received: The same for what arrived.
+        spared_sent: Bytes more that compression kept off the network, by kind, where no formula tells them.
+        spared_received: The same for what arrived.
         seconds: Wall-clock seconds by activity, for example ``compute``, ``wait_forward``.
     """
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
+        self.spared_sent: Counter[str] = Counter()
+        self.spared_received: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
 
     def count(self, kind: str, *, sent: int = 0, received: int = 0) -> None:
         """Add bytes to a kind."""
         self.sent[kind] += sent
         self.received[kind] += received
+
+    def spare(self, kind: str, *, sent: int = 0, received: int = 0) -> None:
+        """Add bytes to those of a kind that compression saved."""
+        self.spared_sent[kind] += sent
+        self.spared_received[kind] += received
 
     def all_reduce(self, kind: str, nbytes: int, ranks: int) -> None:
         """Count an all-reduce of a buffer of ``nbytes`` over ``ranks`` ranks."""
@@ -64,10 +73,23 @@ class Meter:
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """The totals as a JSON value; the byte counts stay whole numbers."""
-        return {"sent": dict(self.sent), "received": dict(self.received), "seconds": dict(self.seconds)}
+        return {
+            "sent": dict(self.sent),
+            "received": dict(self.received),
+            "spared_sent": dict(self.spared_sent),
+            "spared_received": dict(self.spared_received),
+            "seconds": dict(self.seconds),
+        }
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
         """Restore totals saved by :meth:`state_dict`."""
-        self.sent = Counter({kind: int(n) for kind, n in state["sent"].items()})
-        self.received = Counter({kind: int(n) for kind, n in state["received"].items()})
+        self.sent = _whole(state["sent"])
+        self.received = _whole(state["received"])
+        # States of earlier runs have none.
+        self.spared_sent = _whole(state.get("spared_sent", {}))
+        self.spared_received = _whole(state.get("spared_received", {}))
         self.seconds = dict(state["seconds"])
+
+
+def _whole(counts: dict[str, float]) -> Counter[str]:
+    return Counter({kind: int(count) for kind, count in counts.items()})

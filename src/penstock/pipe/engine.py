@@ -21,7 +21,7 @@ before others does not wait for them.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ from penstock._core.sequence_slice import SequenceSlice
 from penstock._core.waiting import Watcher
 from penstock.pipe.agreement import agree
 from penstock.pipe.broadcast import broadcast_value
+from penstock.pipe.codec import Codec
 from penstock.pipe.facts import check_fit, engine_facts
 from penstock.pipe.frame import Address
 from penstock.pipe.groups import PipeGroups
@@ -72,6 +73,7 @@ class PipelineEngine:
         meter: None makes one.
         seed: The run's seed, for the layers that draw random numbers.
         device: Where batches are moved to.
+        codecs: By direction (``"F"``, ``"B"``), what encodes values for other ranks; None sends them as they are.
 
     Attributes:
         recorded: A list to which start and end of every computed action are added, by ``time.perf_counter()``; None
@@ -94,6 +96,7 @@ class PipelineEngine:
         meter: Meter | None = None,
         seed: int = 1234,
         device: torch.device | str = "cpu",
+        codecs: Mapping[str, Codec] | None = None,
     ) -> None:
         local = [stages] if isinstance(stages, Stage) else list(stages)
         if not local:
@@ -119,8 +122,14 @@ class PipelineEngine:
         self._program = Program.of(schedule, groups.pipe_rank)
         self._head, self._rest = self._program.divided(head_start(schedule))
         self._forward_programs: dict[int, Program] = {}
+        self._codecs = dict(codecs or {})
         self._transport = Transport(
-            groups.pipe_rank, groups.routes, watcher=self.watcher, meter=self.meter, window=window
+            groups.pipe_rank,
+            groups.routes,
+            watcher=self.watcher,
+            meter=self.meter,
+            window=window,
+            codecs=self._codecs,
         )
         self._tied = TiedGradients(local, groups.tied, watcher=self.watcher, meter=self.meter)
         tied = self._tied.ids
@@ -260,7 +269,9 @@ class PipelineEngine:
             )
         if not self._agreed:
             assert self.groups.store is not None
-            facts = engine_facts(list(self.stages.values()), self.schedule, self.micro_batches, self.seed)
+            facts = engine_facts(
+                list(self.stages.values()), self.schedule, self.micro_batches, self.seed, codecs=self._codecs
+            )
             agree(
                 "the pipeline",
                 facts,

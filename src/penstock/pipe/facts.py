@@ -1,19 +1,22 @@
 """What must fit together before the first step: on one rank, and between ranks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 import torch
 
 from penstock._version import __version__
+from penstock.pipe.codec import Codec
 from penstock.pipe.groups import PipeGroups
 from penstock.pipe.schedule import Schedule
 from penstock.pipe.stage import Stage
 
 
-def engine_facts(stages: Sequence[Stage], schedule: Schedule, micro_batches: int, seed: int) -> dict[str, Any]:
+def engine_facts(
+    stages: Sequence[Stage], schedule: Schedule, micro_batches: int, seed: int, *, codecs: Mapping[str, Codec]
+) -> dict[str, Any]:
     """Facts for :func:`penstock.pipe.agreement.agree`.
 
     Neighbours state the layer where one ends and the next begins under the same label; so do replicas of a stage.
@@ -27,6 +30,7 @@ def engine_facts(stages: Sequence[Stage], schedule: Schedule, micro_batches: int
         "order of the schedule": _digest(schedule.to_text()),
         "seed": seed,
         "default dtype": str(torch.get_default_dtype()),
+        "encoding of values between ranks": {direction: codec.name for direction, codec in sorted(codecs.items())},
     }
     for stage in stages:
         facts[f"first layer of stage {stage.index}"] = stage.start

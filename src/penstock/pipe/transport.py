@@ -16,6 +16,7 @@ from torch import Tensor
 
 from penstock._core.meter import ACTIVATIONS, Meter
 from penstock._core.waiting import Watcher
+from penstock.pipe.codec import Codec, decode_value, encode_value
 from penstock.pipe.frame import Address, LayoutCache
 from penstock.pipe.receiver import Received, Receiver
 from penstock.pipe.route import Route
@@ -33,10 +34,19 @@ class Transport:
         watcher: Told of every blocking wait.
         meter: Counts the bytes (``activations``) and the waits (``wait_forward``, ``wait_backward``, ``wait_send``).
         window: How many sends may be under way per channel.
+        codecs: By direction, what encodes values; the same on every rank. A direction without one sends them as they
+            are.
     """
 
     def __init__(
-        self, rank: int, routes: Mapping[str, Route], *, watcher: Watcher, meter: Meter, window: int = 8
+        self,
+        rank: int,
+        routes: Mapping[str, Route],
+        *,
+        watcher: Watcher,
+        meter: Meter,
+        window: int = 8,
+        codecs: Mapping[str, Codec] | None = None,
     ) -> None:
         if window < 1:
             raise ValueError(f"at least one send must be allowed under way, got window={window}")
@@ -45,6 +55,7 @@ class Transport:
         self._watcher = watcher
         self._meter = meter
         self._window = window
+        self._codecs = dict(codecs or {})
         self._layouts = LayoutCache()
         self._senders: dict[Channel, Sender] = {}
         self._receivers: dict[Channel, Receiver] = {}
@@ -83,6 +94,10 @@ class Transport:
             tensors: Contiguous or not, of any shape; they are free to change afterwards.
             positions: Sample positions to go with it.
         """
+        codec = self._codecs.get(channel.direction)
+        if codec is not None:
+            structure, tensors, spared = encode_value(codec, structure, tensors, all_floats=channel.direction == "B")
+            self._meter.spare(ACTIVATIONS, sent=spared)
         self._senders[channel].send(address, structure, tensors, positions)
         for receiver in self._receivers.values():
             receiver.post_next()
@@ -94,7 +109,15 @@ class Transport:
             FrameError: It is not the one expected, or damaged.
             WaitError: The peer is gone.
         """
-        return self._receivers[channel].receive(address)
+        arrived = self._receivers[channel].receive(address)
+        codec = self._codecs.get(channel.direction)
+        if codec is None:
+            return arrived
+        structure, tensors, wants, spared = decode_value(
+            codec, arrived.structure, arrived.tensors, arrived.requires_grad
+        )
+        self._meter.spare(ACTIVATIONS, received=spared)
+        return Received(structure, tensors, wants, arrived.positions)
 
     def drain(self) -> None:
         """Wait until every send has left, and enter bytes and waits in the meter."""

@@ -10,6 +10,7 @@ from penstock.compression.error_feedback import FeedbackRule
 from penstock.compression.registry import create_compression_algorithm
 from penstock.models.gpt_config import GPTConfig, PositionKind
 from penstock.pipe.schedule import SCHEDULES, load_schedule
+from penstock.runtime.activation_codec import ACTIVATION_COMPRESSIONS
 
 DECAYS: Final = ("constant", "cosine", "linear")
 MODELS: Final = ("gpt",)
@@ -104,6 +105,9 @@ class PipeSection(Section):
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
         activation_checkpoint_layers: Class names of the layers that are recomputed, each by itself, in place of an
             interval.
+        activation_compression: How activations go to the next rank, and their gradients back, in training: ``none`` as
+            they are, ``bf16``, ``fp8``, ``int8``, or ``int4`` (activations only; gradients are then ``int8``). All but
+            ``none`` round what layers compute on.
         record_timeline: Steps, from the third of a process on, of which a timeline is written to ``output``.
     """
 
@@ -114,7 +118,12 @@ class PipeSection(Section):
     partition_method: str | tuple[int, ...] = "parameters"
     activation_checkpoint_interval: int = Field(default=0, ge=0)
     activation_checkpoint_layers: tuple[str, ...] = ()
+    activation_compression: str = "none"
     record_timeline: int = Field(default=0, ge=0)
+
+    _known_compression = field_validator("activation_compression")(
+        one_of("activation compression", ACTIVATION_COMPRESSIONS)
+    )
 
     @field_validator("schedule")
     @classmethod

@@ -22,6 +22,7 @@ from penstock.pipe.groups import PipeGroups, tied_ranks
 from penstock.pipe.local_stages import AnyStages, LocalStages
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.stage import Stage
+from penstock.runtime.activation_codec import activation_codecs
 from penstock.runtime.batches import Collate, Cut, collate_samples
 from penstock.runtime.compiling import compile_layers
 from penstock.runtime.config import TrainConfig
@@ -155,6 +156,7 @@ def initialize(
             meter=meter,
             seed=settings.seed,
             device=process.device,
+            codecs=activation_codecs(settings.pipe.activation_compression),
         )
         cut = Cut(
             micro_batch_size=settings.train.micro_batch_size,

@@ -174,7 +174,10 @@ def merge(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "slowest_s": max(state["slowest_s"] for state in states),
         "peak_memory": _largest(state["peak_memory"] for state in states),
         "plain_bubble": next((s["plain_bubble"] for s in states if s["plain_bubble"] is not None), None),
-        "meter": {part: _sum(state["meter"][part] for state in states) for part in ("sent", "received", "seconds")},
+        "meter": {
+            part: _sum(state["meter"].get(part, {}) for state in states)
+            for part in ("sent", "received", "spared_sent", "spared_received", "seconds")
+        },
     }
     for column in ("spent", "plain"):
         merged[column]["steps"] = max(state[column].get("steps", 0) for state in states)

@@ -112,6 +112,11 @@ def prepare(
         if measured:  # until then, for what does not depend on it
             module = module.divided_by("parameters", pipe_schedule.num_stages)
         _check_stages(module)
+    if pipe.activation_compression != "none" and pipe_schedule.num_ranks == 1:
+        raise ValueError(
+            f"pipe.activation_compression={pipe.activation_compression} is for what goes from one pipeline rank to "
+            "the next, and this run has 1; set pipe.stages to 2 or more, or activation_compression: none"
+        )
     _check_tensor_parallel(settings, model, optimizer)
     check_compiling(settings.compile, model)
     if settings.compile.enabled and any((actions.ops == W_CODE).any() for actions in pipe_schedule.ranks):

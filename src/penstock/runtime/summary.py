@@ -43,8 +43,8 @@ def summarize(state: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "layers": layers,
         "flops": _line(spent.get("flops", 0), plain.get("flops", 0)),
-        "bytes_sent": _bytes(meter["sent"], plain.get("replica_bytes", 0)),
-        "bytes_received": _bytes(meter["received"], plain.get("replica_bytes", 0)),
+        "bytes_sent": _bytes(meter["sent"], meter.get("spared_sent", {}), plain.get("replica_bytes", 0)),
+        "bytes_received": _bytes(meter["received"], meter.get("spared_received", {}), plain.get("replica_bytes", 0)),
         "bubble_fraction": _line(bubble_s / step_s if step_s else 0.0, state["plain_bubble"]),
         "bubble_s": _line(bubble_s, None),
         "wall_s": _line(state["slowest_s"], None),
@@ -84,9 +84,11 @@ def _line(spent: float, plain: float | None) -> dict[str, Any]:
     return {"spent": spent, "plain": plain, "saved": saved}
 
 
-def _bytes(measured: Mapping[str, int], plain_replicas: int) -> dict[str, Any]:
-    """Lines by kind; only the exchange between replicas differs in the plain run."""
-    lines = {kind: _line(count, count) for kind, count in sorted(measured.items()) if kind != REPLICAS}
+def _bytes(measured: Mapping[str, int], spared: Mapping[str, int], plain_replicas: int) -> dict[str, Any]:
+    """Lines by kind; the exchange between replicas differs in the plain run, and what compression spared."""
+    lines = {
+        kind: _line(count, count + spared.get(kind, 0)) for kind, count in sorted(measured.items()) if kind != REPLICAS
+    }
     if REPLICAS in measured or plain_replicas:
         lines = {REPLICAS: _line(measured.get(REPLICAS, 0), plain_replicas), **lines}
     return lines
