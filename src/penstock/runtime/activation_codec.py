@@ -97,4 +97,5 @@ def _rotation() -> Tensor:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     words = random_words(derive("rotation between stages"), np.arange(_ROTATED, dtype=np.uint64))
     signs = torch.from_numpy((words >> np.uint64(63)).astype(np.float64)) * 2 - 1
-    return hadamard * signs / _ROTATED**0.5
+    rotation: Tensor = hadamard * signs / _ROTATED**0.5
+    return rotation
