@@ -62,6 +62,8 @@ def part(tensor: Any) -> torch.Tensor:
         (1, 2, {}),
         (2, 2, {"pipe": {"stages": 2, "schedule": "interleaved_1f1b"}}),
         (2, 2, {"pipe": {"stages": 2, "activation_checkpoint_interval": 1}}),
+        (2, 2, {"pipe": {"stages": 2, "schedule": "zb_h1"}}),
+        (2, 2, {"pipe": {"stages": 2, "schedule": "zb_v", "activation_checkpoint_interval": 1}}),
         (1, 3, {"data_parallel": {"replicas": 3, "sharding": "fsdp2", "reshard_after_forward": True}}),
     ],
 )
@@ -70,9 +72,7 @@ def test_a_sharded_run_equals_one_process(
 ) -> None:
     batch = {"global_batch_size": 12 if replicas == 3 else 8, "micro_batch_size": 1, "steps": STEPS}
     answers = pool.run(sharded, stages * replicas, settings(stages, replicas, train=batch, **changes))
-    alone = sharded(
-        0, 1, settings(1, 1, train=batch, pipe={k: v for k, v in changes.get("pipe", {}).items() if k != "stages"})
-    )
+    alone = sharded(0, 1, settings(1, 1, train=batch))
     for losses, norms, evaluated, weights, (held, moments, every, tied) in answers:
         assert losses == pytest.approx(alone[0], rel=1e-12)
         assert norms == pytest.approx(alone[1], rel=1e-10)
@@ -137,10 +137,14 @@ def test_what_sharding_cannot_do_is_refused(changes: dict[str, Any], message: st
         penstock.initialize(model(), {**config(dropping=False), **changes}, training_data=tokens())
 
 
-def test_what_needs_whole_backward_passes_or_whole_parameters_is_refused() -> None:
+def test_what_needs_parameters_between_passes_or_whole_ones_is_refused() -> None:
     made = {**config(dropping=False), "data_parallel": {"sharding": "fsdp2"}}
-    split = {**made, "pipe": {"stages": 2, "schedule": "zb_h1"}}
-    with pytest.raises(ValueError, match="schedule 'zb_h1' computes weight gradients later"):
+    split = {
+        **made,
+        "pipe": {"stages": 2, "schedule": "zb_h1"},
+        "data_parallel": {"sharding": "fsdp2", "reshard_after_forward": True},
+    }
+    with pytest.raises(ValueError, match="schedule 'zb_h1' computes weight gradients then, which need them"):
         prepare(model(), split, world_size=4)
     plain = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="which the given SGD does not hold; give a factory"):

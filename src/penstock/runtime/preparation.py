@@ -119,7 +119,7 @@ def prepare(
         )
     _check_tensor_parallel(settings, model, optimizer)
     check_compiling(settings.compile, model)
-    if settings.compile.enabled and any((actions.ops == W_CODE).any() for actions in pipe_schedule.ranks):
+    if settings.compile.enabled and _splits(pipe_schedule):
         raise ValueError(
             f"schedule {pipe_schedule.name!r} splits backward passes, and a compiled layer (compile.enabled) frees "
             "what the second half needs; take a schedule with whole ones, such as '1f1b', or compile.enabled: false"
@@ -157,15 +157,20 @@ def prepare(
     )
 
 
+def _splits(schedule: Schedule) -> bool:
+    """Whether a schedule computes some weight gradients after the input gradients."""
+    return any((actions.ops == W_CODE).any() for actions in schedule.ranks)
+
+
 def _check_sharding(config: TrainConfig, schedule: Schedule, optimizer: Any) -> None:
     sharding = config.data_parallel.sharding
     if not config.data_parallel.sharded:
         return
-    if any((actions.ops == W_CODE).any() for actions in schedule.ranks):
+    if config.data_parallel.reshard_after_forward and _splits(schedule):
         raise ValueError(
-            f"data_parallel.sharding={sharding} reduces a layer's gradients in its backward pass, but schedule "
-            f"{schedule.name!r} computes weight gradients later; take a schedule with whole backward passes, such as "
-            "'1f1b' or 'interleaved_1f1b', or sharding: none"
+            "data_parallel.reshard_after_forward frees a layer's gathered parameters between its passes, but schedule "
+            f"{schedule.name!r} computes weight gradients then, which need them; set reshard_after_forward: false, or "
+            "take a schedule with whole backward passes, such as '1f1b' or 'interleaved_1f1b'"
         )
     if schedule.slices > 1:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""The exchange of gradients by FSDP2: summed and divided over the replicas in a stage's last backward pass."""
+"""The exchange of gradients by FSDP2: summed and divided over the replicas once per stage and step."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from penstock._core.protocols import GradientExchange
 from penstock._core.sharded import here, is_sharded
@@ -16,7 +16,8 @@ class ShardedGradients:
     """A :class:`~penstock._core.protocols.GradientExchange` over stages that :func:`shard_stage` divided.
 
     Micro-batches add up their gradients on each replica; the last backward pass of a stage reduces and divides them,
-    layer by layer. What stays whole on every replica (tied weights) goes through another exchange.
+    layer by layer. Where backward passes are split, weight gradients are there only after the last of the second
+    halves, and all layers reduce then. What stays whole on every replica (tied weights) goes through another exchange.
 
     Args:
         stages: The stages of this rank.
@@ -48,13 +49,18 @@ class ShardedGradients:
     def arm(self, parameters: Iterable[nn.Parameter]) -> None:
         """The stages of these parameters reduce in their next backward pass."""
         given = list(parameters)
-        for root in {id(root): root for p in given if (root := self._root_of.get(id(p))) is not None}.values():
+        for root in self._roots_of(given):
             _reduce_in_backward(root, True)
         self._whole.arm([parameter for parameter in given if id(parameter) not in self._root_of])
 
     def ready(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Parameters that are not divided are final."""
-        self._whole.ready([parameter for parameter in parameters if id(parameter) not in self._root_of])
+        """Parameters that are not divided are final; the stages of those that are reduce at once."""
+        given = list(parameters)
+        for root in self._roots_of(given):
+            _reduce_in_backward(root, True)
+            # FSDP2 would be told by autograd; it has no public call for a gradient that came by another way.
+            fully_shard.state(root)._root_post_backward_final_callback()  # type: ignore[attr-defined]
+        self._whole.ready([parameter for parameter in given if id(parameter) not in self._root_of])
 
     def finish(self) -> None:
         """Scale the reduced gradients; a parameter that no replica used keeps none."""
@@ -69,6 +75,11 @@ class ShardedGradients:
             for module in root.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+    def _roots_of(self, parameters: Iterable[nn.Parameter]) -> list[FSDPModule]:
+        """The stages that hold some divided parameters, each once."""
+        found = (self._root_of.get(id(parameter)) for parameter in parameters)
+        return list({id(root): root for root in found if root is not None}.values())
 
     def state_dict(self) -> dict[str, Any]:
         """What the exchange of whole parameters keeps."""
