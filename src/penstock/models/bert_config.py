@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from penstock.models.checks import check_shape
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BERTConfig:
@@ -32,24 +34,11 @@ class BERTConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "context_length", "token_types"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; take for example "
-                f"hidden_size={self.num_heads * max(1, round(self.hidden_size / self.num_heads))}"
-            )
-        if self.mlp_size < 1:
-            raise ValueError(
-                f"mlp_ratio={self.mlp_ratio} of hidden_size={self.hidden_size} leaves {self.mlp_size} units"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
-        for name in ("init_std", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_shape(
+            self,
+            counts=("vocab_size", "num_layers", "hidden_size", "num_heads", "context_length", "token_types"),
+            positive=("init_std", "norm_eps"),
+        )
 
     @property
     def head_size(self) -> int:

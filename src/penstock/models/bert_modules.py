@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock.models.bert_config import BERTConfig
-from penstock.models.gpt_modules import told
+from penstock.models.checks import check_length, check_token_ids, check_vocabulary
 
 BERTValue = dict[str, Any]
 
@@ -45,18 +45,9 @@ class BERTTokens(nn.Module):
             entries.
         """
         given = dict(value) if isinstance(value, dict) else {"input_ids": value}
-        ids_BS = given.pop("input_ids", None)
-        if not isinstance(ids_BS, Tensor) or ids_BS.dim() != 2 or ids_BS.is_floating_point():
-            raise ValueError(
-                "the model takes integer token ids of shape [batch, tokens], or a dict with them under 'input_ids'; "
-                f"got {told(ids_BS)}"
-            )
-        length = ids_BS.shape[1]
-        if length > self.context_length:
-            raise ValueError(
-                f"a sequence of {length} tokens does not fit the model's context_length={self.context_length}; "
-                f"cut the sequences or build the model with a longer context"
-            )
+        ids_BS = check_token_ids(given.pop("input_ids", None))
+        check_length(ids_BS.shape[1], self.context_length)
+        check_vocabulary(ids_BS, len(self.weight))
         mask = given.pop("attention_mask", None)
         if mask is not None:
             if mask.shape != ids_BS.shape:

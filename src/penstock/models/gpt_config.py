@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from penstock.models.checks import check_shape
+
 PositionKind = Literal["rope", "learned"]
 
 
@@ -40,15 +42,11 @@ class GPTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "context_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
-                f"the nearest multiples are {self._near_multiples()}"
-            )
+        check_shape(
+            self,
+            counts=("vocab_size", "num_layers", "hidden_size", "num_heads", "context_length"),
+            positive=("rope_theta", "init_std", "norm_eps"),
+        )
         if self.positions not in get_args(PositionKind):
             raise ValueError(f"positions must be 'rope' or 'learned', got {self.positions!r}")
         if self.positions == "rope" and self.head_size % 2:
@@ -56,15 +54,6 @@ class GPTConfig:
                 f"rotary positions turn pairs of units, but a head has {self.head_size} "
                 f"(hidden_size={self.hidden_size} / num_heads={self.num_heads}); make it even, or use learned positions"
             )
-        if self.mlp_size < 1:
-            raise ValueError(
-                f"mlp_ratio={self.mlp_ratio} of hidden_size={self.hidden_size} leaves {self.mlp_size} units"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is a probability in [0, 1), got {self.dropout}")
-        for name in ("rope_theta", "init_std", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
     def head_size(self) -> int:
@@ -75,8 +64,3 @@ class GPTConfig:
     def mlp_size(self) -> int:
         """Units of the MLP's inner layer."""
         return round(self.mlp_ratio * self.hidden_size)
-
-    def _near_multiples(self) -> str:
-        below = self.hidden_size // self.num_heads * self.num_heads
-        near = [str(multiple) for multiple in (below, below + self.num_heads) if multiple]
-        return " and ".join(near)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from penstock._core.documents import document_mask
 from penstock._core.sequence_slice import current_slice, takes_slices
+from penstock.models.checks import check_length, check_token_ids, check_vocabulary
 from penstock.models.gpt_config import GPTConfig
 from penstock.models.rotary import rotary_angles, rotate
 
@@ -52,12 +53,7 @@ class TokenEmbedding(nn.Module):
             are counted along the row.
         """
         given = dict(value) if isinstance(value, dict) else {"input_ids": value}
-        input_ids_BS = given.pop("input_ids", None)
-        if not isinstance(input_ids_BS, Tensor) or input_ids_BS.dim() != 2 or input_ids_BS.is_floating_point():
-            raise ValueError(
-                "the model takes integer token ids of shape [batch, tokens], or a dict with them under 'input_ids'; "
-                f"got {told(input_ids_BS)}"
-            )
+        input_ids_BS = check_token_ids(given.pop("input_ids", None))
         for name in ("position_ids", "document_ids"):
             if name in given and given[name].shape != input_ids_BS.shape:
                 raise ValueError(
@@ -66,19 +62,8 @@ class TokenEmbedding(nn.Module):
         rows, length = input_ids_BS.shape
         piece = current_slice()
         start = 0 if piece is None else piece.extend(input_ids_BS).shape[1] - length
-        if start + length > self.context_length:
-            raise ValueError(
-                f"a sequence of {start + length} tokens does not fit the model's context_length={self.context_length}; "
-                f"cut the sequences or build the model with a longer context"
-            )
-        # On a GPU the look would cost a synchronisation; there the kernel asserts.
-        if input_ids_BS.device.type == "cpu" and input_ids_BS.numel():
-            low, high = (int(bound) for bound in input_ids_BS.aminmax())
-            if low < 0 or high >= len(self.weight):
-                raise ValueError(
-                    f"token ids run from {low} to {high}, but the vocabulary has ids 0 to {len(self.weight) - 1}; "
-                    "use the tokenizer that the model was sized for, or a larger vocab_size"
-                )
+        check_length(start + length, self.context_length)
+        check_vocabulary(input_ids_BS, len(self.weight))
         x_BSD = F.dropout(self.lookup(input_ids_BS), self.dropout, self.training)
         position_ids_BS = torch.arange(start, start + length, device=input_ids_BS.device).expand(rows, length)
         return {"position_ids": position_ids_BS, **given, "hidden": x_BSD}
@@ -93,7 +78,7 @@ class TokenEmbedding(nn.Module):
 
     def tensor_parallel_plan(self, size: int) -> dict[str, str]:
         """Divided by tokens; see :mod:`penstock.pipe.tensor_parallel.plan`."""
-        _check_vocabulary(len(self.weight), size)
+        _check_division(len(self.weight), size)
         return {"": "vocabulary"}
 
 
@@ -292,13 +277,8 @@ class OutputHead(nn.Module):
 
     def tensor_parallel_plan(self, size: int) -> dict[str, str]:
         """Divided by tokens, the logits whole on every rank; see :mod:`penstock.pipe.tensor_parallel.plan`."""
-        _check_vocabulary(len(self.weight), size)
+        _check_division(len(self.weight), size)
         return {"": "gathered_columns"}
-
-
-def told(value: object) -> str:
-    """What a message says of a value that was given in the place of token ids."""
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 @takes_slices
@@ -314,7 +294,7 @@ def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
 tied_logits.divisible = True  # type: ignore[attr-defined]
 
 
-def _check_vocabulary(vocabulary: int, size: int) -> None:
+def _check_division(vocabulary: int, size: int) -> None:
     if vocabulary < size:
         raise ValueError(f"tensor_parallel.size={size} is more than the vocabulary of {vocabulary} tokens; take fewer")
 
