@@ -95,7 +95,7 @@ def test_values_of_any_size_in_any_order(pool: WorkerPool, window: int, payload_
 
 
 @pytest.mark.parametrize("spans", [[1, 10_000, 10_000, 10_000], [50_000, 1, 1, 90_000, 200_000, 5]])
-def test_frames_longer_than_the_capacity_go_in_two_parts(pool: WorkerPool, spans: list[int]) -> None:
+def test_frames_whose_lengths_change_arrive(pool: WorkerPool, spans: list[int]) -> None:
     assert pool.run(grow, 2, spans) == [True, True]
 
 

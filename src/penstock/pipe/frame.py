@@ -115,10 +115,7 @@ class Header(NamedTuple):
             _HEADER.unpack_from(frame)
         )
         if magic != _MAGIC or version != _VERSION:
-            raise FrameError(
-                f"expected the {expected}, but the message is no frame of version {_VERSION} (it begins with "
-                f"{bytes(frame[:6]).hex()}); all ranks must run the same version of penstock"
-            )
+            raise FrameError(f"expected the {expected}, but {_no_frame(frame)}")
         if (stage, step, micro_batch) != expected[1:] or direction != ord(expected.direction):
             raise FrameError(
                 f"expected the {expected}, but received the {Address(chr(direction), stage, step, micro_batch)}; "
@@ -127,6 +124,18 @@ class Header(NamedTuple):
         if inline < 0 or apart < 0:
             raise FrameError(f"the {expected} arrived damaged: negative lengths")
         return cls(expected, positions, preamble, inline, apart)
+
+
+def frame_length(head: memoryview) -> int:
+    """Length of a whole frame in bytes, by its first ``HEADER_BYTES``.
+
+    Raises:
+        FrameError: They are not those of a frame.
+    """
+    magic, version, _, _, _, _, _, inline, positions, preamble, _ = _HEADER.unpack_from(head)
+    if magic != _MAGIC or version != _VERSION or inline < 0:
+        raise FrameError(_no_frame(head))
+    return _align(HEADER_BYTES + 8 * positions + preamble) + int(inline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +279,13 @@ def _layout(structure: Structure, described: list[list[Any]], preamble: bytes) -
         inline_bytes=ends[0],
         apart_bytes=ends[1],
         preamble=preamble,
+    )
+
+
+def _no_frame(message: memoryview) -> str:
+    return (
+        f"the message is no frame of version {_VERSION} (it begins with {bytes(message[:6]).hex()}); "
+        "all ranks must run the same version of penstock"
     )
 
 

@@ -11,6 +11,7 @@ from penstock._core.counted import counted
 from penstock._core.waiting import Watcher
 from penstock._version import __version__
 from penstock.pipe.agreement import agree
+from penstock.pipe.connections import Connections
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.route import Route
 from penstock.pipe.topology import ProcessTopology
@@ -56,12 +57,12 @@ class PipeGroups:
         replicas: The ranks that hold the same stages, for the gradient exchange.
         model: The ranks that divide the same layers among them.
         tied: For each tie key with copies on several ranks of this pipeline, this one among them: those ranks.
-        routes: For the transport, by direction.
+        routes: For the transport, by direction; none for a pipeline of one rank.
         store: The rendezvous store, None for a world of one.
 
     Raises:
         ValueError: The world has another size than the topology, an axis is missing, ranks differ in what they were
-            given; all before any group is made.
+            given, ``GLOO_SOCKET_IFNAME`` names no interface; all before any group is made.
         WaitError: Ranks did not arrive within the watcher's deadline.
     """
 
@@ -101,6 +102,7 @@ class PipeGroups:
         self._timeout = timeout
         self._groups: list[dist.ProcessGroup] = []
         sharing = _checked_ties(tied or {}, self.num_pipe_ranks)
+        self._connections: Connections | None = None
         watcher = watcher or Watcher(rank=self.rank)
         if world_size > 1:
             self.store = store if store is not None else _default_store()
@@ -112,6 +114,8 @@ class PipeGroups:
                 "tied weights": {key: list(ranks) for key, ranks in sorted(sharing.items())},
             }
             agree("topology", facts, store=self.store, rank=self.rank, world_size=world_size, watcher=watcher)
+            if self.num_pipe_ranks > 1:
+                self._connections = Connections(self.rank, store=self.store, watcher=watcher)
         with watcher.waiting("making process groups"):
             self._make(sharing, payload_backend)
 
@@ -126,11 +130,11 @@ class PipeGroups:
         self.replicas = self._new(self.topology.get_axis_comm_lists("data"), backend, "replicas")
         self.model = self._new(self.topology.get_axis_comm_lists("model"), backend, "model")
         self.routes: dict[str, Route] = {}
+        mine = next(ranks for ranks in pipelines if self.rank in ranks)
         for direction in ("F", "B"):
-            frames = self._new(pipelines, "gloo", f"frames {direction}")
             payload = self._new(pipelines, payload_backend, f"payload {direction}") if payload_backend else None
-            if frames is not None:
-                self.routes[direction] = Route(frames, payload, self.device)
+            if self._connections is not None:
+                self.routes[direction] = Route(direction, self._connections, tuple(mine), payload, self.device)
         # Keys with the same owners share a group.
         self.tied: dict[str, dist.ProcessGroup] = {}
         groups = {
@@ -154,7 +158,9 @@ class PipeGroups:
         return mine
 
     def close(self) -> None:
-        """Destroy the groups. Collective."""
+        """Close the connections and destroy the groups. Collective."""
+        if self._connections is not None:
+            self._connections.close()
         for group in self._groups:
             dist.destroy_process_group(group)
         self._groups.clear()

@@ -1,29 +1,40 @@
-"""The process groups that one direction of a pipeline uses."""
+"""The ways that one direction of a pipeline takes."""
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What is left of a long frame has a tag of its own: receives for the frames after it are posted already.
-TAG_FRAME: Final = 0
-TAG_REST: Final = 1
-TAG_PAYLOAD: Final = 2
+from penstock.pipe.connections import Connections
+from penstock.pipe.incoming import Incoming
+from penstock.pipe.outgoing import Outgoing
 
 
 class Route(NamedTuple):
-    """Groups, and where tensors are.
+    """Connections, a group, and where tensors are.
 
     Attributes:
-        frames: For frames: gloo.
+        direction: ``"F"`` or ``"B"``.
+        connections: For frames.
+        ranks: For each pipeline rank, its rank in the world.
         payload: For tensors on ``device``; None sends them inside the frames.
         device: Where payloads live.
     """
 
-    frames: dist.ProcessGroup
+    direction: str
+    connections: Connections
+    ranks: tuple[int, ...]
     payload: dist.ProcessGroup | None = None
     device: torch.device = torch.device("cpu")
+
+    def outgoing(self, pipe_rank: int) -> Outgoing:
+        """The connection to a pipeline rank."""
+        return self.connections.outgoing(self.ranks[pipe_rank], self.direction)
+
+    def incoming(self, pipe_rank: int) -> Incoming:
+        """The connection from a pipeline rank."""
+        return self.connections.incoming(self.ranks[pipe_rank], self.direction)
 
     def empty_payload(self, nbytes: int) -> Tensor | None:
         """Memory for a payload; None for one of no bytes."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from penstock._core.waiting import Watcher
+from penstock._core.waiting import Wait, Watcher
 from penstock.pipe.buffers import Buffer, round_up
-from penstock.pipe.capacity import Capacity
 from penstock.pipe.frame import Address, Layout, LayoutCache, copy_into, views, write_head
-from penstock.pipe.route import TAG_FRAME, TAG_PAYLOAD, TAG_REST, Route
+from penstock.pipe.outgoing import ConnectionLostError, Pending
+from penstock.pipe.route import Route
 from penstock.pipe.schedule import Channel
 from penstock.pipe.value import Structure
 
@@ -18,7 +18,7 @@ from penstock.pipe.value import Structure
 class _Slot:
     """One of the sends that may be under way: a frame, ready for another value of the same layout."""
 
-    __slots__ = ("address", "buffer", "layout", "payload", "places", "positions", "works")
+    __slots__ = ("address", "buffer", "layout", "payload", "pending", "places", "positions", "work")
 
     def __init__(self) -> None:
         self.buffer: Buffer | None = None
@@ -26,8 +26,14 @@ class _Slot:
         self.positions = 0
         self.places: list[Tensor] = []
         self.payload: Tensor | None = None
-        self.works: list[dist.Work] = []
+        self.pending: Pending | None = None
+        self.work: dist.Work | None = None
         self.address: Address | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether something of it has yet to leave."""
+        return self.pending is not None or self.work is not None
 
 
 class Sender:
@@ -46,21 +52,19 @@ class Sender:
         self._route = route
         self._layouts = layouts
         self._watcher = watcher
-        self._capacity = Capacity()
-        self._global_peer = dist.get_global_rank(route.frames, channel.target)
+        self._outgoing = route.outgoing(channel.target)
         self._slots = [_Slot() for _ in range(window)]
         self._at = 0
-
-    def begin(self) -> None:
-        """A step starts."""
-        self._capacity.begin()
 
     def send(self, address: Address, structure: Structure, tensors: list[Tensor], positions: Sequence[int]) -> None:
         """Send a value; see :meth:`penstock.pipe.transport.Transport.send`."""
         slot = self._slots[self._at]
-        self._at = (self._at + 1) % len(self._slots)
-        if slot.works:
-            self._finish(slot)
+        if slot.under_way:
+            # A slot whose frame left at once is still in the cache, and taken again; any other has its turn last.
+            self._at = (self._at + 1) % len(self._slots)
+            slot = self._slots[self._at]
+            if slot.under_way:
+                self._finish(slot)
         route = self._route
         if route.payload is None:
             apart = [False] * len(tensors)
@@ -69,11 +73,9 @@ class Sender:
         layout = self._layouts.of(structure, tensors, apart)
         header = layout.header(address, positions)
         length = header.frame_bytes
-        capacity = self._capacity.take()
-        self._capacity.saw(length)
         buffer = slot.buffer
-        if buffer is None or buffer.nbytes != max(capacity, round_up(length)):
-            buffer = slot.buffer = Buffer(max(capacity, round_up(length)))
+        if buffer is None or buffer.nbytes != round_up(length):
+            buffer = slot.buffer = Buffer(round_up(length))
             slot.layout = None
         if layout is not slot.layout or slot.positions != len(positions):
             slot.payload = route.empty_payload(header.apart_bytes)
@@ -82,32 +84,37 @@ class Sender:
         write_head(buffer.memory, header, layout.preamble, positions)
         copy_into(slot.places, tensors)
         slot.address = address
-        target = self.channel.target
-        slot.works = [route.frames.send([buffer.tensor[: min(length, capacity)]], target, TAG_FRAME)]
-        if length > capacity:
-            slot.works.append(route.frames.send([buffer.tensor[capacity:length]], target, TAG_REST))
+        try:
+            slot.pending = self._outgoing.send(buffer.memory[:length])
+        except ConnectionLostError:
+            with self._waiting(address):
+                raise
         if slot.payload is not None and route.payload is not None:
-            slot.works.append(route.payload.send([slot.payload], target, TAG_PAYLOAD))
+            slot.work = route.payload.send([slot.payload], self.channel.target, 0)
         self.sent_bytes += length + header.apart_bytes
 
     def drain(self) -> None:
         """Wait until every send has left."""
-        for slot in (*self._slots[self._at :], *self._slots[: self._at]):
-            if slot.works:
+        for slot in (*self._slots[self._at + 1 :], *self._slots[: self._at + 1]):
+            if slot.under_way:
                 self._finish(slot)
 
     def _finish(self, slot: _Slot) -> None:
-        address = slot.address
-        assert address is not None
-        forward = address.direction == "F"
+        assert slot.address is not None
         start = time.perf_counter()
-        with self._watcher.waiting(
+        with self._waiting(slot.address):
+            if slot.pending is not None:
+                slot.pending.wait()
+            if slot.work is not None:
+                slot.work.wait()
+        slot.pending = slot.work = None
+        self.waited_s += time.perf_counter() - start
+
+    def _waiting(self, address: Address) -> Wait:
+        forward = address.direction == "F"
+        return self._watcher.waiting(
             "SEND_F" if forward else "SEND_B",
             stage=address.stage - 1 if forward else address.stage + 1,
             micro_batch=address.micro_batch,
-            peer=self._global_peer,
-        ):
-            for work in slot.works:
-                work.wait()
-        slot.works = []
-        self.waited_s += time.perf_counter() - start
+            peer=self._route.ranks[self.channel.target],
+        )

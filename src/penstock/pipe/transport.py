@@ -2,12 +2,13 @@
 
 One message per hop: a second one would double the latency. :mod:`penstock.pipe.sender` and
 :mod:`penstock.pipe.receiver` are the two ends of a channel, :mod:`penstock.pipe.frame` says what a message looks like
-and :mod:`penstock.pipe.capacity` how long it may be.
+and :mod:`penstock.pipe.connections` by what it travels.
 
-Sends are not waited for where they are made: up to ``window`` of them are under way per channel.
+Sends are not waited for where they are made: up to ``window`` of them are under way per channel. Long messages arrive
+while this rank computes.
 
-Where tensors live on a GPU, a frame carries everything but them, over gloo, so nothing is read back from the device to
-learn a size; the tensors follow as one payload over NCCL.
+Where tensors live on a GPU, a frame carries everything but them, so nothing is read back from the device to learn a
+size; the tensors follow as one payload over NCCL.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,8 @@ class Transport:
     """One rank's channels to its neighbours in the pipeline.
 
     Args:
-        rank: This pipeline rank; it and the ranks of the channels are ranks of the routes' groups.
-        routes: By direction, ``"F"`` and ``"B"``. Each has groups of its own, so that neither blocks the other.
+        rank: This pipeline rank, as are those of the channels.
+        routes: By direction, ``"F"`` and ``"B"``, so that neither blocks the other.
         watcher: Told of every blocking wait.
         meter: Counts the bytes (``activations``) and the waits (``wait_forward``, ``wait_backward``, ``wait_send``).
         window: How many sends may be under way per channel.
@@ -61,19 +62,23 @@ class Transport:
         self._receivers: dict[Channel, Receiver] = {}
 
     def begin(self, messages: Mapping[Channel, int]) -> None:
-        """Post the first receives of a step.
+        """A step starts; connect to those that it is the first to talk with.
 
         Args:
             messages: How many messages each channel of this rank carries in this step, in and out.
+
+        Raises:
+            WaitError: A neighbour cannot be reached.
         """
+        # First all connections from here, then those to here: waiting in another order could close a circle.
+        for channel in messages:
+            if channel.source == self.rank and channel not in self._senders:
+                route = self._routes[channel.direction]
+                self._senders[channel] = Sender(channel, route, self._layouts, self._watcher, self._window)
         for channel, count in messages.items():
-            route = self._routes[channel.direction]
-            if channel.source == self.rank:
-                if channel not in self._senders:
-                    self._senders[channel] = Sender(channel, route, self._layouts, self._watcher, self._window)
-                self._senders[channel].begin()
-            else:
+            if channel.source != self.rank:
                 if channel not in self._receivers:
+                    route = self._routes[channel.direction]
                     self._receivers[channel] = Receiver(channel, route, self._layouts, self._watcher)
                 self._receivers[channel].begin(count)
 
@@ -100,7 +105,7 @@ class Transport:
             self._meter.spare(ACTIVATIONS, sent=spared)
         self._senders[channel].send(address, structure, tensors, positions)
         for receiver in self._receivers.values():
-            receiver.post_next()
+            receiver.read_ahead()
 
     def receive(self, channel: Channel, address: Address) -> Received:
         """Wait for the next value of a channel.

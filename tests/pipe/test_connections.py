@@ -1,0 +1,216 @@
+"""Connections between ranks: whole frames in order, without waiting, and never from a stranger."""
+
+import gc
+import json
+import random
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock._core.waiting import WaitError, Watcher
+from penstock.pipe.addresses import chosen_address, own_addresses
+from penstock.pipe.buffers import Buffer
+from penstock.pipe.connections import Connections
+from penstock.pipe.frame import HEADER_BYTES, Address, FrameError, Header, frame_length
+from penstock.pipe.incoming import Incoming
+from penstock.pipe.outgoing import ConnectionLostError, Outgoing
+
+
+def frame(data: bytes, micro_batch: int = 0) -> memoryview:
+    """A frame with bytes in the place of its tensors."""
+    memory = memoryview(bytearray(HEADER_BYTES + len(data)))
+    Header(Address("F", 1, 0, micro_batch), 0, 0, len(data), 0).write(memory)
+    memory[HEADER_BYTES:] = data
+    return memory
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Outgoing, Incoming]]:
+    """Both ends of a connection from rank 0 to rank 1."""
+    a, b = two()
+    outgoing = a.outgoing(1, "F")
+    yield outgoing, b.incoming(0, "F")
+    a.close()
+    b.close()
+
+
+def two() -> tuple[Connections, Connections]:
+    store = dist.HashStore()
+    a, b = (Connections(rank, store=store, watcher=Watcher(rank=rank)) for rank in (0, 1))
+    return a, b
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 400_000)), min_size=1, max_size=12),
+    seed=st.integers(0, 1 << 30),
+)
+def test_frames_arrive_whole_and_in_order(lengths: list[int], seed: int) -> None:
+    draw = random.Random(seed)
+    a, b = two()
+    outgoing, incoming = a.outgoing(1, "F"), b.incoming(0, "F")
+    data = [draw.randbytes(length) for length in lengths]
+    unsent, arrived = list(enumerate(data)), 0
+    pending = []
+    while arrived < len(data):
+        moves = ["receive"] if arrived + len(unsent) < len(data) else []
+        moves += ["send", "send"] if unsent else []
+        moves += ["ahead"] if incoming.ahead < len(data) - arrived else []
+        move = draw.choice(moves)
+        if move == "send":
+            index, content = unsent.pop(0)
+            pending.append(outgoing.send(frame(content, index)))
+        elif move == "ahead":
+            incoming.post(Buffer)
+        else:
+            memory = incoming.receive(Buffer).memory
+            assert frame_length(memory) == HEADER_BYTES + lengths[arrived]
+            assert memory[HEADER_BYTES : HEADER_BYTES + lengths[arrived]] == data[arrived]
+            Header.read(memory, Address("F", 1, 0, arrived))
+            arrived += 1
+    for left in pending:
+        if left is not None:
+            left.wait()
+    a.close()
+    b.close()
+
+
+def test_what_the_kernel_has_no_room_for_leaves_by_itself(pair: tuple[Outgoing, Incoming]) -> None:
+    outgoing, incoming = pair
+    data = random.Random(0).randbytes(64 << 20)
+    pending = [outgoing.send(frame(data)), outgoing.send(frame(b"x"))]
+    assert pending[0] is not None
+    assert pending[1] is not None, "a later frame must not overtake"
+    assert not pending[0].left
+    assert incoming.receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + len(data)] == data
+    assert incoming.receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 1] == b"x"
+    pending[1].wait()
+    assert outgoing.send(frame(b"y")) is None, "there is room again"
+
+
+def test_each_direction_has_a_connection_of_its_own() -> None:
+    a, b = two()
+    a.outgoing(1, "B").send(frame(b"back"))
+    a.outgoing(1, "F").send(frame(b"forth"))
+    b.outgoing(0, "F").send(frame(b"from the other"))
+    assert b.incoming(0, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 5] == b"forth"
+    assert b.incoming(0, "B").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 4] == b"back"
+    assert a.incoming(1, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 14] == b"from the other"
+    assert a.outgoing(1, "F") is a.outgoing(1, "F")
+    a.close()
+    b.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_peer_that_closes_is_named(ahead: bool) -> None:
+    a, b = two()
+    a.outgoing(1, "F").send(frame(b"last"))
+    incoming = b.incoming(0, "F")
+    if ahead:
+        incoming.post(Buffer)
+        incoming.post(Buffer)
+    a.close()
+    assert incoming.receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 4] == b"last"  # what was sent arrives
+    with pytest.raises(ConnectionLostError, match="Connection closed by peer rank 0"):
+        incoming.receive(Buffer)
+    b.close()
+
+
+def test_sends_to_a_peer_that_is_gone_are_refused(pair: tuple[Outgoing, Incoming]) -> None:
+    outgoing, incoming = pair
+    pending = outgoing.send(frame(bytes(64 << 20)))
+    assert pending is not None
+    incoming.close()
+    with pytest.raises(ConnectionLostError, match="Connection to rank 1 is lost: "):
+        pending.wait()
+    with pytest.raises(ConnectionLostError, match="Connection to rank 1 is lost: "):
+        outgoing.send(frame(b""))
+
+
+def test_connections_that_nobody_holds_are_closed() -> None:
+    a, b = two()
+    a.outgoing(1, "F")
+    incoming = b.incoming(0, "F")
+    del a
+    gc.collect()
+    with pytest.raises(ConnectionLostError, match="closed by peer rank 0"):
+        incoming.receive(Buffer)
+    b.close()
+
+
+def test_what_is_no_frame_is_refused(pair: tuple[Outgoing, Incoming]) -> None:
+    outgoing, incoming = pair
+    outgoing.send(memoryview(b"GET / HTTP/1.1\r\n" * 8))
+    with pytest.raises(FrameError, match=r"no frame of version 1 .it begins with 474554202f20.; all ranks must run"):
+        incoming.receive(Buffer)
+
+
+@pytest.mark.parametrize("hello", [b"", b"PSTC" + bytes(16) + bytes(4) + b"F", b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"])
+def test_strangers_are_turned_away(hello: bytes) -> None:
+    store = dist.HashStore()
+    a, b = (Connections(rank, store=store, watcher=Watcher(rank=rank)) for rank in (0, 1))
+    place = json.loads(store.get("penstock/connections/1/1"))
+    with socket.create_connection(("127.0.0.1", place["port"]), timeout=20) as stranger:
+        stranger.sendall(hello)
+        stranger.shutdown(socket.SHUT_WR)
+        try:
+            said = stranger.recv(100)
+        except ConnectionResetError:
+            said = b""
+        assert said == b""
+    a.outgoing(1, "F").send(frame(b"friend"))
+    assert b.incoming(0, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 6] == b"friend"
+    a.close()
+    b.close()
+
+
+def test_a_rank_that_cannot_be_reached_is_named_with_the_remedy() -> None:
+    store = dist.HashStore()
+    a = Connections(0, store=store, watcher=Watcher(rank=0))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    place = {"token": "00" * 16, "machine": "other", "addresses": ["127.0.0.1", "127.0.0.2"], "port": port}
+    store.set("penstock/connections/1/1", json.dumps(place))
+    with pytest.raises(
+        WaitError,
+        match=rf"rank 0, connecting \(F\), peer rank 1: failed: cannot connect .*127.0.0.1 port {port}: Connection "
+        rf"refused; 127.0.0.2 port {port}: .*GLOO_SOCKET_IFNAME",
+    ):
+        a.outgoing(1, "F")
+    a.close()
+
+
+def test_another_listener_at_an_address_is_passed_by() -> None:
+    """A machine's loopback may lead to another program: the next address is tried."""
+    store = dist.HashStore()
+    a, b = (Connections(rank, store=store, watcher=Watcher(rank=rank)) for rank in (0, 1))
+    place = json.loads(store.get("penstock/connections/1/1"))
+    with socket.create_server(("127.0.0.2", place["port"])) as other:
+        place.update(machine="other", addresses=["127.0.0.2", "127.0.0.1"])
+        store.set("penstock/connections/1/1", json.dumps(place))
+        other.settimeout(20)
+        a.outgoing(1, "F").send(frame(b"here"))
+        assert b.incoming(0, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 4] == b"here"
+    a.close()
+    b.close()
+
+
+def test_the_interface_is_the_one_that_collectives_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert chosen_address() is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert chosen_address() == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothing0")
+    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME='nothing0' names no interface.*this machine has .*lo"):
+        chosen_address()
+
+
+def test_addresses_lead_towards_the_host_of_the_store_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert own_addresses()[0] == "127.0.0.1"
+    monkeypatch.setenv("MASTER_ADDR", "no such host")
+    assert own_addresses()[-1] == "127.0.0.1"
