@@ -9,6 +9,10 @@ import pytest
 from penstock.data_pipeline.datasets import read_texts, text_files
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd", asbytes=True))
+
+
 def test_json_lines_of_objects_and_of_strings(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one", "id": 1}\n\n"two"\n{"text": "  "}\n{"text": "thr\\u00e9\\u00e9"}\n')
@@ -29,6 +33,8 @@ def test_compressed_and_columnar(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write('{"text": "packed"}\n')
     assert list(read_texts(tmp_path / "a.jsonl.gz")) == ["packed"]
+    (tmp_path / "a.txt.zst").write_bytes(zstd("\ufeffone\n".encode()) + zstd(b"two\n"))  # two frames, as pzstd writes
+    assert list(read_texts(tmp_path / "a.txt.zst", split="line")) == ["one", "two"]
     pq.write_table(pa.table({"text": ["x", None, "", "y"], "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
     assert list(read_texts(tmp_path / "a.parquet")) == ["x", "y"]
 
@@ -62,6 +68,8 @@ def test_reading_streams(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xff", "not UTF-8"),
         ("a.txt.gz", b"not gzip", "cut short or broken"),
         ("a.jsonl.gz", gzip.compress(b'"x"' * 1000)[:-9], "cut short or broken"),
+        ("a.txt.zst", b"not zstd", "cut short or broken"),
+        ("a.jsonl.zst", zstd(b'"x"' * 1000)[:-5], "cut short or broken"),
         ("a.parquet", b"nothing", "not a readable Parquet file"),
         ("a.docx", b"", "not a known kind of text file"),
     ],

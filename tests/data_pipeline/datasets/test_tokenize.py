@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from penstock.data_pipeline.datasets import IndexedDataset
+from penstock.data_pipeline.datasets.encoder import smallest_token_dtype
 from penstock.data_pipeline.datasets.tokenize import (
     END_OF_TEXT,
     load_tokenizer,
     save_tokenizer,
-    smallest_token_dtype,
     tokenize_to_indexed,
     train_bpe,
 )
@@ -134,13 +134,13 @@ def test_mistakes_in_training_are_refused() -> None:
 
 _FORK = """
 import os
-from penstock.data_pipeline.datasets.tokenize import encode_documents, train_bpe
-tokenizer = train_bpe(["some text to learn from"] * 50, vocab_size=270)
-expected = [row.tolist() for rows, _ in encode_documents(["some text"] * 20, tokenizer, end_token=0) for row in rows]
+from penstock.data_pipeline.datasets.encoder import Encoder
+from penstock.data_pipeline.datasets.tokenize import train_bpe
+encoder = Encoder(train_bpe(["some text to learn from"] * 50, vocab_size=270), None)
+expected = encoder.encode(["some text"] * 20).tokens.tolist()
 child = os.fork()
 if child == 0:
-    again = [row.tolist() for rows, _ in encode_documents(["some text"] * 20, tokenizer, end_token=0) for row in rows]
-    os._exit(0 if again == expected else 1)
+    os._exit(0 if encoder.encode(["some text"] * 20).tokens.tolist() == expected else 1)
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0
 print(os.environ.get("TOKENIZERS_PARALLELISM"))

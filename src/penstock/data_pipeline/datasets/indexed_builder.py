@@ -107,6 +107,16 @@ class IndexedDatasetBuilder:
         if documents:
             self._boundaries.extend(range(first + 1, len(self) + 1))
 
+    def add_flat(self, tokens: npt.ArrayLike, lengths: npt.NDArray[np.int64]) -> None:
+        """Add many documents with one write: ``tokens`` cut into sequences of ``lengths``, each one a document.
+
+        The open document, if it has sequences, is ended first.
+        """
+        self._end_open_document()
+        first = len(self)
+        self._write(self._as_tokens(tokens), lengths=lengths.tolist(), modes=None)
+        self._boundaries.extend(range(first + 1, len(self) + 1))
+
     def add_document(
         self, tokens: npt.ArrayLike, lengths: Sequence[int] | None = None, modes: Sequence[int] | None = None
     ) -> None:

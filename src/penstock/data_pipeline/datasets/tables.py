@@ -145,10 +145,11 @@ def _read_saved(folder: Path) -> pa.Table:
 
 def _read_json_lines(file: Path) -> pa.Table:
     rows: list[dict[str, Any]] = []
-    for number, value in json_lines(file):
-        if not isinstance(value, dict):
-            raise ValueError(f"{file}, line {number}: expected an object, found {type(value).__name__}")
-        rows.append(value)
+    with file.open("rb") as raw:
+        for number, value in json_lines(file, raw):
+            if not isinstance(value, dict):
+                raise ValueError(f"{file}, line {number}: expected an object, found {type(value).__name__}")
+            rows.append(value)
     return pa.Table.from_pylist(rows)
 
 

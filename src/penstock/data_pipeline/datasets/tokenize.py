@@ -10,22 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from penstock._core.files import write_bytes
+from penstock.data_pipeline.datasets.encoder import Encoder, encodable, watch_forks
 from penstock.data_pipeline.datasets.indexed_builder import IndexedDatasetBuilder
 
 END_OF_TEXT: Final = "<|endoftext|>"
 """Follows every document, and is the only special token of a trained vocabulary."""
 
 _BYTES: Final = 256
-_PARALLELISM: Final = "TOKENIZERS_PARALLELISM"
-# As Megatron draws the line, a little below 2**16 to leave room for added tokens.
-_UINT16_LIMIT: Final = 65_500
 _BATCH_CHARACTERS: Final = 4_000_000
 _BATCH_DOCUMENTS: Final = 4_096
 
@@ -64,20 +60,14 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2) 
     Raises:
         ValueError: An argument is out of range, or there is no text.
     """
-    if vocab_size < _BYTES + 1:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: a byte-level vocabulary holds {_BYTES} bytes and "
-            f"{END_OF_TEXT!r}; take at least {_BYTES + 1}"
-        )
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+    check_bpe(vocab_size, min_frequency)
     seen = 0
 
     def counted() -> Iterator[str]:
         nonlocal seen
         for text in texts:
             seen += bool(text)
-            yield _encodable(text)
+            yield encodable(text)
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,11 +79,22 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, min_frequency: int = 2) 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    _watch_forks()
+    watch_forks()
     tokenizer.train_from_iterator(counted(), trainer=trainer)
     if not seen:
         raise ValueError("no text to train a tokenizer on: every document is empty")
     return tokenizer
+
+
+def check_bpe(vocab_size: int, min_frequency: int = 2) -> None:
+    """Refuse what :func:`train_bpe` cannot train."""
+    if vocab_size < _BYTES + 1:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: a byte-level vocabulary holds {_BYTES} bytes and "
+            f"{END_OF_TEXT!r}; take at least {_BYTES + 1}"
+        )
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
@@ -116,39 +117,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return Tokenizer.from_buffer(file.read_bytes())
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file}: not a tokenizer.json ({error})") from None
-
-
-def smallest_token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any] | np.signedinteger[Any]]:
-    """The smaller of uint16 and int32 that holds every token of the vocabulary."""
-    return np.uint16 if vocab_size < _UINT16_LIMIT else np.int32
-
-
-def encode_documents(
-    texts: Iterable[str], tokenizer: Tokenizer, *, end_token: int | None
-) -> Iterator[tuple[list[npt.NDArray[np.int64]], int]]:
-    """Encode documents in batches on all cores, in bounded memory and in order.
-
-    A special token spelled out in a document is encoded as ordinary text, so that no document can forge an end.
-
-    Args:
-        texts: Documents, none of them empty.
-        tokenizer: What encodes.
-        end_token: Appended to every document unless None.
-
-    Yields:
-        ``(documents, text_bytes)`` of a batch: each document's tokens, and the UTF-8 bytes of the batch's text.
-    """
-    ending = [] if end_token is None else [end_token]
-    for batch in _batches(texts):
-        former = tokenizer.encode_special_tokens
-        tokenizer.encode_special_tokens = True
-        try:
-            _watch_forks()
-            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        finally:
-            tokenizer.encode_special_tokens = former
-        documents = [np.array(encoding.ids + ending, dtype=np.int64) for encoding in encodings]
-        yield documents, sum(len(text.encode()) for text in batch)
 
 
 def tokenize_to_indexed(
@@ -174,13 +142,7 @@ def tokenize_to_indexed(
         ValueError: The tokenizer does not know ``end_of_text``, or no document holds any text.
     """
     start = time.perf_counter()
-    end_token = None
-    if end_of_text is not None:
-        end_token = tokenizer.token_to_id(end_of_text)
-        if end_token is None:
-            raise ValueError(
-                f"the tokenizer has no token {end_of_text!r} to end documents with; name one it has, or None for none"
-            )
+    encoder = Encoder(tokenizer, end_of_text)
     skipped = 0
 
     def not_empty() -> Iterator[str]:
@@ -192,12 +154,13 @@ def tokenize_to_indexed(
                 skipped += 1
 
     documents = tokens = text_bytes = 0
-    with IndexedDatasetBuilder(prefix, smallest_token_dtype(tokenizer.get_vocab_size())) as builder:
-        for rows, nbytes in encode_documents(not_empty(), tokenizer, end_token=end_token):
-            builder.add_items(rows, documents=True)
-            documents += len(rows)
-            tokens += sum(map(len, rows))
-            text_bytes += nbytes
+    with IndexedDatasetBuilder(prefix, encoder.dtype) as builder:
+        for batch in _batches(not_empty()):
+            encoded = encoder.encode(batch)
+            builder.add_flat(encoded.tokens, encoded.lengths)
+            documents += len(batch)
+            tokens += len(encoded.tokens)
+            text_bytes += encoded.text_bytes
             if progress is not None:
                 progress(documents, tokens)
         if not documents:
@@ -209,47 +172,10 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
     for text in texts:
-        batch.append(_encodable(text))
+        batch.append(text)
         characters += len(text)
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _encodable(text: str) -> str:
-    """The text itself, or with ``?`` for halves of surrogate pairs: JSON can spell them, but UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
-
-
-def _watch_forks() -> None:
-    """Keep forked children (a loader's workers) quiet and safe.
-
-    The library's threads do not survive a fork, so a child must encode alone. Left to itself the library arranges that
-    too, but prints a warning in every child, unless its variable is set; so it is set for the length of each fork.
-    """
-    global _forks_watched
-    if not _forks_watched:
-        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork)
-        _forks_watched = True
-
-
-_forks_watched = False
-_set_for_fork = False
-
-
-def _before_fork() -> None:
-    global _set_for_fork
-    _set_for_fork = _PARALLELISM not in os.environ
-    if _set_for_fork:
-        os.environ[_PARALLELISM] = "false"
-
-
-def _after_fork() -> None:
-    if _set_for_fork:
-        os.environ.pop(_PARALLELISM, None)
