@@ -1,7 +1,16 @@
-"""Planned against measured steps of six models, and the planned cuts against balanced parameters.
+"""The planner: predicted against measured steps, and its choice against a sweep of the others.
 
-Each model runs on two ranks in one go: the layers are profiled, then steps with each partition take turns. Run as
-``python -m benchmarks.pipe.planner``; it takes about three minutes.
+- *Models*: six models on two ranks, each in processes of its own. In turn, round by round: the layers are profiled, and
+  steps of ``train_batch`` are run with each partition, so that predictions and measurements meet the same machine. The
+  planner has chosen in the first round. After two rounds only partitions go on that are near the best.
+- *Sleeping*: layers that sleep for given times, on 4 and 8 ranks, where cuts and schedule are chosen
+  (:mod:`benchmarks.pipe.planner_sweep`).
+
+::
+
+    python -m benchmarks.pipe.planner                              # everything: about six minutes
+    python -m benchmarks.pipe.planner --models tiny,uniform --sleeping ""
+    python -m benchmarks.pipe.planner --models "" --sleeping 4
 """
 
 import argparse
@@ -13,19 +22,26 @@ import time
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.pipe import planner_sweep
 from benchmarks.pipe.processes import run_ranks
 from benchmarks.pipe.sleeping import RESULTS
 
 RANKS, MICRO_BATCHES, ROWS = 2, 8, 4
 MODELS = {
     # width, sequence length, vocabulary of the embedding and of the head, kinds of layers between
-    "uniform": (256, 64, 256, 256, "mmmmmmmm"),
-    "heavy head": (128, 64, 256, 16384, "mmmmmmmm"),
-    "heavy embedding": (128, 32, 60000, 256, "mmmmmmmm"),
-    "mixed layers": (192, 96, 256, 256, "aamnnmaamnnm"),
-    "long sequence": (64, 768, 256, 256, "amamam"),
+    "uniform": (192, 64, 256, 256, "mmmmmmmm"),
+    # A vocabulary on both sides, of which only the head's computes.
+    "heavy head": (96, 64, 8192, 8192, "mmmmmmmmmm"),
+    # Half of all parameters are rows of which a batch looks up a few.
+    "heavy embedding": (128, 64, 8192, 256, "mmmmmmmm"),
+    # Attention computes more than its parameters tell.
+    "mixed layers": (96, 256, 256, 256, "aaaaaanmnmnm"),
+    "long sequence": (64, 512, 256, 256, "amamam"),
     "tiny": (16, 8, 32, 32, "mmmm"),
 }
+NEAR = 1.25
+"""After two rounds, partitions that take more than this many times the best one's time are left."""
+_STEPS = 3
 
 
 def _module(name: str, bounds: Any) -> Any:
@@ -67,7 +83,7 @@ def _module(name: str, bounds: Any) -> Any:
     )
 
 
-def _worker(rank: int, name: str, repeats: int) -> None:
+def _worker(rank: int, name: str, rounds: int) -> None:
     import torch
     import torch.distributed as dist
 
@@ -88,108 +104,128 @@ def _worker(rank: int, name: str, repeats: int) -> None:
     generator = torch.Generator().manual_seed(7)
     inputs = torch.randint(vocabulary, (ROWS * MICRO_BATCHES, length), generator=generator)
     targets = torch.randint(classes, (ROWS * MICRO_BATCHES, length), generator=generator)
+    batches = list(zip(inputs.split(ROWS), targets.split(ROWS), strict=True))
     settings = {
         "pipe": {"stages": RANKS},
         "train": {"global_batch_size": ROWS * MICRO_BATCHES, "micro_batch_size": ROWS, "steps": 1000},
     }
-    config = load_config(settings)
     module = _module(name, "parameters")
+    schedule = get_schedule("1f1b", RANKS, MICRO_BATCHES)
+    every = list(all_bounds(module.num_layers, RANKS))
+    parameters = balance(module.parameter_counts, RANKS)
+    engines = {b: penstock.initialize(_module(name, list(b)), settings, optimizer=None) for b in every}
+    seconds: dict[Any, list[list[float]]] = {b: [] for b in every}
+    predicted: dict[Any, list[float]] = {b: [] for b in every}
+    planned = None
+
+    def step(bounds: Any) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        engines[bounds].train_batch(iter(batches))
+        dist.barrier()
+        return time.perf_counter() - start
+
     with Watcher(rank=rank, deadline_s=120.0) as watcher:
-        groups = PipeGroups(PipeDataParallelTopology(RANKS, 1), watcher=watcher)
         profiler = Profiler(
             module=module,
-            config=config,
+            config=load_config(settings),
             loss_fn=module.loss_fn,
-            groups=groups,
+            groups=PipeGroups(PipeDataParallelTopology(RANKS, 1), watcher=watcher),
             device=torch.device("cpu"),
             dtype=torch.float32,
             autocast_dtype=None,
             watcher=watcher,
         )
-        profile = profiler.profile(ROWS, (inputs[:ROWS], targets[:ROWS]))
-        groups.close()
-    schedule = get_schedule("1f1b", RANKS, MICRO_BATCHES)
-    planned = plan_bounds(profile, schedule)
-    every = list(all_bounds(module.num_layers, RANKS))
-    parameters = balance(module.parameter_counts, RANKS)
-    engines = {b: penstock.initialize(_module(name, list(b)), settings, optimizer=None) for b in every}
-    batches = list(zip(inputs.split(ROWS), targets.split(ROWS), strict=True))
-    seconds: dict[Any, list[float]] = {b: [] for b in every}
-    for number in range(repeats + 1):
-        for bounds, engine in engines.items():
-            dist.barrier()
-            start = time.perf_counter()
-            engine.train_batch(iter(batches))
-            dist.barrier()
-            if number:  # the first one warms up
-                seconds[bounds].append(time.perf_counter() - start)
-    found = {
-        "planned": planned,
-        "parameters": parameters,
-        "rows": [
-            {"bounds": b, "predicted": predict(profile, schedule, b).seconds, "measured": seconds[b]} for b in every
-        ],
-    }
-    print(json.dumps(found), flush=True)
+        for number in range(rounds):
+            profile = profiler.profile(ROWS, batches[0], split=False)
+            planned = planned or plan_bounds(profile, schedule)
+            for bounds in every:
+                predicted[bounds].append(predict(profile, schedule, bounds).seconds)
+            medians = {b: statistics.median(s for found in seconds[b] for s in found) for b in every if number}
+            for bounds in every:
+                if number == 0:
+                    step(bounds)  # memory is fresh and connections are made
+                # All ranks must leave the same ones: what the first one measured decides.
+                near = torch.tensor(number < 2 or medians[bounds] < NEAR * min(medians.values()))
+                dist.broadcast(near, 0)
+                if bounds in (planned, parameters):
+                    seconds[bounds].append([step(bounds) for _ in range(_STEPS)])
+                elif near:
+                    seconds[bounds].append([step(bounds)])
+    rows = [{"bounds": b, "predicted": predicted[b], "measured": seconds[b]} for b in every]
+    print(json.dumps({"planned": planned, "parameters": parameters, "rows": rows}), flush=True)
     dist.barrier()
     os._exit(0)  # the engines' groups need no orderly end
 
 
-def cell(name: str, repeats: int) -> dict[str, Any]:
+def cell(name: str, rounds: int) -> dict[str, Any]:
     """One model: the planned partition, the best of all, and the one by parameters."""
-    answer = run_ranks("benchmarks.pipe.planner", RANKS, name, str(repeats), timeout_s=600.0)[0]
+    answer = run_ranks("benchmarks.pipe.planner", RANKS, name, str(rounds), timeout_s=600.0)[0]
     rows = {tuple(row["bounds"]): row for row in answer["rows"]}
-    medians = {bounds: statistics.median(row["measured"]) for bounds, row in rows.items()}
+    medians = {b: statistics.median(s for found in row["measured"] for s in found) for b, row in rows.items()}
     planned, parameters = tuple(answer["planned"]), tuple(answer["parameters"])
     best = min(medians, key=medians.__getitem__)
-    low, *_, high = statistics.quantiles(rows[planned]["measured"], n=4)
+    row = rows[planned]
+    ratios = [
+        predicted / statistics.median(measured)
+        for predicted, measured in zip(row["predicted"], row["measured"], strict=True)
+    ]
+    low, *_, high = statistics.quantiles([s for found in row["measured"] for s in found], n=4)
     return {
         "layers by stage": [b - a for a, b in pairwise(planned)],
-        "predicted_ms": 1e3 * rows[planned]["predicted"],
+        "predicted_ms": 1e3 * statistics.median(row["predicted"]),
         "measured_ms": 1e3 * medians[planned],
         "spread": (high - low) / medians[planned],
-        "predicted_over_measured": rows[planned]["predicted"] / medians[planned],
+        "predicted_over_measured": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
         "planned_over_best": medians[planned] / medians[best],
         "best": best,
+        "partitions": len(rows),
         "parameters_over_planned": medians[parameters] / medians[planned],
         "parameters": parameters,
-        "repeats": repeats,
+        "rounds": rounds,
     }
 
 
 def main() -> None:
-    """Measure the models asked for; keep and print all that were ever measured."""
+    """Measure what is asked for; keep and print all that was ever measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipe.planner", description=__doc__)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--models", default=",".join(MODELS), help="names, or nothing for none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sleeping", default=",".join(planner_sweep.SIZES), help="ranks: 4, 8, or nothing for none")
     options = parser.parse_args()
     path = RESULTS / "planner.json"
     cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name in options.models.split(","):
-        cells[name] = cell(name, options.repeats)
-        print(name, cells[name], flush=True)
+    for name in filter(None, [*options.models.split(","), *options.sleeping.split(",")]):
+        found = cell(name, options.rounds) if name in MODELS else planner_sweep.cell(int(name))
+        cells[name if name in MODELS else f"sleeping p={name}"] = found
+        print(name, found, flush=True)
         RESULTS.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(cells, indent=1, sort_keys=True) + "\n")
-        (RESULTS / "planner.md").write_text(_table(cells))
+        (RESULTS / "planner.md").write_text(_table(cells) + planner_sweep.table(cells))
 
 
 def _table(cells: dict[str, Any]) -> str:
     lines = [
         "# The planner: predicted and measured steps",
         "",
-        f"{RANKS} ranks, 1F1B, {MICRO_BATCHES} micro-batches of {ROWS} rows. Steps of `train_batch` with every "
-        "partition take turns in the same processes; medians of the repeats, spread between quartiles.",
+        f"{RANKS} ranks, 1F1B, {MICRO_BATCHES} micro-batches of {ROWS} rows. Round by round the layers are profiled "
+        "and steps of `train_batch` with every partition take turns in the same processes; after two rounds only those "
+        f"within {NEAR:g} of the best go on. Medians over the rounds; of the ratio also the lowest and the highest "
+        "round; the spread is between quartiles of the measured steps.",
         "",
-        "| model | layers by stage | predicted, ms | measured, ms | spread | predicted / measured | planned / best |"
-        " by parameters / planned |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | layers by stage | predicted, ms | measured, ms | spread | predicted / measured | partitions |"
+        " planned / best | by parameters / planned |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in MODELS:
         if name in cells:
             row = cells[name]
             lines.append(
                 f"| {name} | {', '.join(map(str, row['layers by stage']))} | {row['predicted_ms']:.1f} | "
-                f"{row['measured_ms']:.1f} | {100 * row['spread']:.0f} % | {row['predicted_over_measured']:.2f} | "
+                f"{row['measured_ms']:.1f} | {100 * row['spread']:.0f} % | {row['predicted_over_measured']:.2f} "
+                f"({row['ratio_low']:.2f}-{row['ratio_high']:.2f}) | {row['partitions']} | "
                 f"{row['planned_over_best']:.3f} | {row['parameters_over_planned']:.2f} |"
             )
     return "\n".join(lines) + "\n"

@@ -24,34 +24,37 @@ from penstock.pipe.groups import PipeGroups
 from penstock.pipe.layer_spec import TiedLayerSpec
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.module import LayerSpec, PipelineModule
-from penstock.pipe.planner import Flow, LayerCosts, Profile, measure_layers, plan_bounds, run_through
+from penstock.pipe.planner import Flow, LayerCosts, Profile, measure_layers, plan_bounds, predict, run_through
 from penstock.pipe.planner.profile import layer_from_json
-from penstock.pipe.schedule import Channel, Schedule
+from penstock.pipe.schedule import Channel, Schedule, get_schedule
 from penstock.pipe.stage import Stage
 from penstock.pipe.topology import ProcessTopology
 from penstock.pipe.transport import Transport
-from penstock.pipe.value import flatten, to_device
+from penstock.pipe.value import flatten, map_tensors, to_device
 from penstock.runtime.batches import collate_samples
-from penstock.runtime.clipping import clip_
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.gather import gather_json
-from penstock.runtime.optimizers import parameter_groups
 from penstock.runtime.process import Process
+from penstock.runtime.rehearsal import Rehearsal, rehearse
 
 _LEAST_ROUNDS, _LEAST_S, _MOST_S = 7, 1.0, 20.0
 _MESSAGE_BYTES: Final = (1 << 12, 1 << 22)
 _MESSAGES: Final = 9
 _OVERHEAD_STEPS: Final = 7
 _OVERHEAD_BATCHES: Final = (8, 32)
-_UPDATES: Final = 5
-_TIMES: Final = ("forward", "backward", "input_gradient", "weight_gradient", "update")
+_LONGEST_REHEARSAL: Final = 32
+"""Micro-batches of a rehearsed step, where the run's steps have more."""
+_REHEARSAL_S: Final = 2.0
+_NAMES: Final = {"F": "forward", "B": "backward", "I": "input_gradient", "W": "weight_gradient"}
+_TIMES: Final = (*_NAMES.values(), "update")
 
 
 @dataclass
 class Profiler:
     """Measures the layers of one model, for any sizes of micro-batch. Every rank of the run makes one.
 
-    Each pipeline rank measures a share of the layers that has about as many parameters as the others'.
+    Each pipeline rank measures a share of the layers that takes about as long as the others': first one by one, for
+    what each takes beside the others; then in steps as a run has them, for what all of them take together.
 
     Attributes:
         module: The model.
@@ -74,20 +77,64 @@ class Profiler:
     watcher: Watcher
 
     def __post_init__(self) -> None:
-        bounds = self.module.divided_by("parameters", self.groups.num_pipe_ranks).bounds
-        assert bounds is not None
-        divided = self.module.divided_by(bounds, self.groups.num_pipe_ranks)
-        self._stage = divided.build_stage(self.groups.pipe_rank, device=self.device, dtype=self.dtype)
-        self._stage.activation_checkpoint_interval, self._stage.recomputed = 0, frozenset()
-        self._stage.recomputed = frozenset()
-        self._stage.autocast_dtype = self.autocast_dtype
+        self._division = self.module.divided_by("parameters", self.groups.num_pipe_ranks)
+        self._stage = self._built()
         self._meter = Meter()
         self._rounds = 0
         self._latency, self._seconds_per_byte = self._message_times()
-        self._action, self._step = self._engine_times()
+        self._action, self._inside = self._engine_times()
 
-    def profile(self, size: int, batch: tuple[Any, Any]) -> Profile:
-        """Measure with micro-batches of ``size`` rows, of which ``batch`` is one: inputs and targets. Collective."""
+    def profile(self, size: int, batch: tuple[Any, Any], *, reading: float = 0.0, split: bool = True) -> Profile:
+        """Measure with micro-batches of ``size`` rows, of which ``batch`` is one: inputs and targets. Collective.
+
+        Args:
+            size: Rows.
+            batch: Inputs and targets.
+            reading: Seconds that reading such a batch took.
+            split: Whether to rehearse split backward passes, too.
+        """
+        if self._rounds == 0:
+            self._divide_by_time(size, batch)
+        profile = replace(self._measured(size, batch, least_s=_LEAST_S), reading=reading)
+        pipe = self.config.pipe
+        recompute = bool(pipe.activation_checkpoint_interval or pipe.activation_checkpoint_layers)
+        rehearsed = self._rehearsed(self._schedule("1f1b", size), batch, recompute=recompute)
+        times = dict(rehearsed.spans)
+        if recompute and times:  # the backward pass ran the forward pass again
+            times["B"] = max(times["B"] - times["F"], 0.0)
+        if split and self.groups.num_pipe_ranks > 1 and not recompute:
+            halves = self._rehearsed(self._schedule("zb_h1", size), batch, recompute=False).spans
+            times |= {op: halves[op] for op in ("I", "W") if op in halves}
+        profile = self._adjusted(profile, times, rehearsed)
+        schedule = self._schedule("1f1b", size)
+        assert self._division.bounds is not None
+        alone = predict(profile, schedule, self._division.bounds, 1 if recompute else 0)
+        rest = rehearsed.step - (alone.seconds - reading * schedule.micro_batches)
+        return replace(profile, step=max(0.0, rest))
+
+    def _built(self) -> Stage:
+        """This rank's stage of the division."""
+        stage = self._division.build_stage(self.groups.pipe_rank, device=self.device, dtype=self.dtype)
+        stage.activation_checkpoint_interval, stage.recomputed = 0, frozenset()
+        stage.autocast_dtype = self.autocast_dtype
+        return stage
+
+    def _divide_by_time(self, size: int, batch: tuple[Any, Any]) -> None:
+        """Look shortly, and go on with about equal times: then neighbours are as busy as in a run that was planned."""
+        if self.groups.num_pipe_ranks == 1:
+            return
+        bounds = plan_bounds(self._measured(size, batch, least_s=0.0), self._schedule("1f1b", size))
+        if bounds != self._division.bounds:
+            self._division = self.module.divided_by(bounds, self.groups.num_pipe_ranks)
+            self._stage = self._built()
+
+    def _schedule(self, name: str, size: int) -> Schedule:
+        """Of a rehearsal."""
+        samples = self.config.train.global_batch_size // self.groups.num_replicas
+        return get_schedule(name, self.groups.num_pipe_ranks, max(1, min(samples // size, _LONGEST_REHEARSAL)))
+
+    def _measured(self, size: int, batch: tuple[Any, Any], *, least_s: float) -> Profile:
+        """The layers one by one, without rehearsal. Collective."""
         inputs, targets = batch
         stage = self._stage
         key = BatchKey(self.config.seed, 0, 0)
@@ -101,18 +148,66 @@ class Profiler:
             targets=targets,
             loss_fn=self.loss_fn,
             key=key,
-            more=self._more(f"penstock/profile/{self._rounds}"),
+            more=self._more(f"penstock/profile/{self._rounds}", least_s),
         )
-        layers = self._with_parameters(layers)
+        for parameter in stage.parameters():
+            parameter.grad = None
         return Profile(
             micro_batch_size=size,
-            layers=tuple(self._gathered(layers)),
+            layers=tuple(self._gathered(self._with_parameters(layers))),
             latency=self._latency,
             seconds_per_byte=self._seconds_per_byte,
             action=self._action,
-            step=self._step,
             concurrent=self.groups.topology.world_size(),
         )
+
+    def _rehearsed(self, schedule: Schedule, batch: tuple[Any, Any], *, recompute: bool) -> Rehearsal:
+        stage = self._stage
+        stage.activation_checkpoint_interval = 1 if recompute else 0
+        # Each its own memory, as batches that were read one after the other have.
+        batches = [MicroBatch(*map_tensors(torch.clone, batch), i) for i in range(schedule.micro_batches)]
+        try:
+            return rehearse(
+                stage,
+                batches,
+                schedule=schedule,
+                optimizer=self.config.optimizer,
+                groups=self.groups,
+                loss_fn=self.loss_fn,
+                watcher=self.watcher,
+                seed=self.config.seed,
+                budget_s=_REHEARSAL_S,
+            )
+        finally:
+            stage.activation_checkpoint_interval = 0
+
+    def _adjusted(self, profile: Profile, times: dict[str, float], rehearsed: Rehearsal) -> Profile:
+        """The layers scaled to what their stage took in the rehearsal, and their shares of its update. Collective."""
+        stage = self._stage
+        layers = profile.layers[stage.start : stage.stop]
+        scale = {}
+        for op, name in _NAMES.items():
+            alone = sum(getattr(layer, name) for layer in layers)
+            scale[name] = max(times[op] - self._inside, 0.0) / alone if op in times and alone else 1.0
+        trained = self._trained_bytes()
+        total = sum(trained.values())
+        adjusted = [
+            replace(
+                layer,
+                **{name: ratio * getattr(layer, name) for name, ratio in scale.items()},
+                state=round(trained[index] * (1.0 + rehearsed.state_ratio)),
+                update=rehearsed.update * trained[index] / total if total else 0.0,
+            )
+            for index, layer in enumerate(layers, stage.start)
+        ]
+        return replace(profile, layers=tuple(self._gathered(adjusted)))
+
+    def _trained_bytes(self) -> dict[int, int]:
+        """Of each layer here, the bytes of its trained parameters."""
+        return {
+            index: sum(p.nbytes for p in module.parameters() if p.requires_grad)
+            for index, module in self._stage.canonical_modules()
+        }
 
     def _brought(self, flow: Flow, key: BatchKey) -> Flow:
         """The input of this rank's share: each rank in turn computes its own and gives the result to all."""
@@ -131,7 +226,7 @@ class Profiler:
                 flow = Flow(value, tuple(wants))
         return flow
 
-    def _more(self, name: str) -> Callable[[int], bool]:
+    def _more(self, name: str, least_s: float) -> Callable[[int], bool]:
         """Go on until every rank has enough, so that all compute as long as any measures."""
         store, ranks = self.groups.store, self.groups.topology.world_size()
         start = time.perf_counter()
@@ -140,7 +235,7 @@ class Profiler:
         def more(rounds: int) -> bool:
             nonlocal told
             spent = time.perf_counter() - start
-            enough = (rounds >= _LEAST_ROUNDS and spent >= _LEAST_S) or (rounds >= 1 and spent >= _MOST_S)
+            enough = (rounds >= _LEAST_ROUNDS and spent >= least_s) or (rounds >= 1 and spent >= _MOST_S)
             if not enough or store is None:
                 return not enough
             if spent > _MOST_S + self.watcher.deadline_s:
@@ -152,65 +247,21 @@ class Profiler:
         return more
 
     def _with_parameters(self, layers: list[LayerCosts]) -> list[LayerCosts]:
-        """The layers with their parameters, their state, and their shares of the update of this rank's stage."""
-        stage, result = self._stage, []
-        modules = dict(stage.canonical_modules())
-        state_ratio, seconds = self._update()
-        trained = {
-            index: sum(p.nbytes for p in module.parameters() if p.requires_grad) for index, module in modules.items()
-        }
-        total = sum(trained.values())
-        for index, layer in enumerate(layers, stage.start):
-            spec = self.module.specs[index]
-            module = modules[index]
+        """The layers with their parameters and gradients."""
+        modules = dict(self._stage.canonical_modules())
+        trained = self._trained_bytes()
+        result = []
+        for index, layer in enumerate(layers, self._stage.start):
+            spec, module = self.module.specs[index], modules[index]
             result.append(
                 replace(
                     layer,
                     parameters=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
-                    state=round(trained[index] * (1.0 + state_ratio)),
-                    update=seconds * trained[index] / total if total else 0.0,
+                    state=trained[index],
                     tie=spec.key if isinstance(spec, TiedLayerSpec) else None,
                 )
             )
         return result
-
-    def _update(self) -> tuple[float, float]:
-        """The optimizer's state in bytes for each byte of parameters, and the seconds of a step of this stage."""
-        named = [(name, p) for name, p in self._stage.canonical_parameters() if p.requires_grad]
-        if not named:
-            return 0.0, 0.0
-        section = self.config.optimizer
-        muon = None
-        if section.owns_exchange:  # it steps only among replicas; its momenta are those of Adam
-            section = section.model_copy(update={"name": "adamw", "freeze_step": None, "options": {}})
-        elif section.name == "muon":
-            muon = {id(p) for name, p in named if p.dim() == 2}
-        kept = [p.detach().clone() for _, p in named]
-        parameters = [p for _, p in named]
-        optimizer = section.create(parameter_groups(named, [], weight_decay=section.weight_decay, muon=muon))
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        seconds = []
-        for _ in range(_UPDATES):
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
-            start = time.perf_counter()
-            torch._foreach_mul_(gradients, 1.0)  # the mean over micro-batches
-            if section.gradient_clipping is not None:
-                torch.nn.utils.get_total_norm(gradients)
-                clip_(parameters, norm=2 * section.gradient_clipping, max_norm=section.gradient_clipping)
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds.append(time.perf_counter() - start)
-        state = sum(
-            value.nbytes
-            for entry in optimizer.state.values()
-            for value in entry.values()
-            if isinstance(value, Tensor) and value.dim()
-        )
-        with torch.no_grad():
-            for p, before in zip(parameters, kept, strict=True):
-                p.copy_(before)
-        return state / sum(p.nbytes for p in parameters), statistics.median(seconds[1:])
 
     def _gathered(self, layers: list[LayerCosts]) -> list[LayerCosts]:
         """Every layer of the model; times are means over the replicas."""
@@ -227,12 +278,15 @@ class Profiler:
         return self._pooled(result)
 
     def _pooled(self, layers: list[LayerCosts]) -> list[LayerCosts]:
-        """Layers that are described alike take equally long, so their times are one sample: its median."""
+        """Layers that are described alike take equally long, so their times are one sample: its mean.
+
+        Each is a median already; with the mean they still add up to what the stages took.
+        """
         kinds = [self._kind(index, layer) for index, layer in enumerate(layers)]
         pooled = []
         for kind, layer in zip(kinds, layers, strict=True):
             alike = [other for other_kind, other in zip(kinds, layers, strict=True) if other_kind == kind]
-            times = {name: statistics.median(getattr(other, name) for other in alike) for name in _TIMES}
+            times = {name: statistics.mean(getattr(other, name) for other in alike) for name in _TIMES}
             pooled.append(replace(layer, **times))
         return pooled
 
@@ -291,19 +345,21 @@ class Profiler:
         return statistics.median(seconds[1:]) if rank == low else None
 
     def _engine_times(self) -> tuple[float, float]:
-        """What the engine takes for an action and for a step, from steps of stages with next to nothing to compute."""
+        """What the engine takes for an action, and how much of it while the action runs.
+
+        From steps of stages with next to nothing to compute; the rest of it lies between actions.
+        """
         ranks = self.groups.num_pipe_ranks
         module = PipelineModule([LayerSpec(_Shift) for _ in range(ranks)], num_stages=ranks, loss_fn=_mean)
         stage = module.build_stage(self.groups.pipe_rank, device=self.device)
-        first, last = (self._steps(stage, batches) for batches in _OVERHEAD_BATCHES)
+        (first, _), (last, span) = (self._steps(stage, batches) for batches in _OVERHEAD_BATCHES)
         each = max(0.0, (last - first) / (_OVERHEAD_BATCHES[1] - _OVERHEAD_BATCHES[0]))
-        action = self._agreed(max(0.0, each - _own_time(stage, self.device)) / 2)
-        way = 2 * (ranks - 1) * self._latency
-        step = self._agreed(max(0.0, first - (_OVERHEAD_BATCHES[0] + ranks - 1) * each - way))
-        return action, step
+        own = _own_time(stage, self.device)
+        action = self._agreed(max(0.0, each - own) / 2)
+        return action, self._agreed(min(action, max(0.0, span - own / 2)))
 
-    def _steps(self, stage: Stage, micro_batches: int) -> float:
-        """Median seconds of a step."""
+    def _steps(self, stage: Stage, micro_batches: int) -> tuple[float, float]:
+        """Median seconds of a step, and of its actions on this rank."""
         engine = PipelineEngine(
             stage,
             schedule="gpipe",
@@ -317,11 +373,13 @@ class Profiler:
         )
         row = torch.zeros(1, 8, device=self.device)
         batches = [MicroBatch(row, row, i) for i in range(micro_batches)]
-        seconds = []
+        seconds, spans = [], []
         for step in range(_OVERHEAD_STEPS):
             self._barrier()
+            engine.recorded = []
             seconds.append(engine.train_step(batches, step=step).seconds)
-        return statistics.median(seconds[1:])
+            spans.append(statistics.mean(end - start for start, end in engine.recorded))
+        return statistics.median(seconds[1:]), statistics.median(spans[1:])
 
 
 class _Shift(nn.Module):
@@ -369,7 +427,8 @@ def divide_by_profile(
         batch: Gives a micro-batch to measure with.
         settings: The other attributes of a :class:`Profiler`.
     """
-    profile = Profiler(module=module, **settings).profile(micro_batch_size, batch())
+    split = any(action.op == "I" for action in schedule.ranks[0])
+    profile = Profiler(module=module, **settings).profile(micro_batch_size, batch(), split=split)
     bounds = plan_bounds(profile, schedule, module.activation_checkpoint_interval)
     return module.divided_by(bounds, schedule.num_stages)
 

@@ -17,7 +17,7 @@ class Prediction:
         bounds: Of the stages.
         interval: Layers recomputed together; 0 keeps all activations.
         timeline: Of one step's forward and backward passes, in seconds; it holds the schedule.
-        seconds: A whole step: the makespan, the longest update of a rank, and what every step takes besides.
+        seconds: A whole step: reading, the makespan, the longest update of a rank, and what every step takes besides.
         memory: For each rank, its peak in bytes.
     """
 
@@ -56,11 +56,12 @@ def predict(profile: Profile, schedule: Schedule, bounds: Sequence[int], interva
     stages = StageCosts.of(profile, bounds, interval)
     simulated = simulate(schedule, stages.costs)
     updates = [sum(stages.updates[s] for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
+    reading = profile.reading * schedule.micro_batches
     return Prediction(
         micro_batch_size=profile.micro_batch_size,
         bounds=tuple(bounds),
         interval=interval,
         timeline=Timeline(schedule, simulated.starts, simulated.ends, "s"),
-        seconds=simulated.makespan + max(updates) + profile.step,
+        seconds=reading + simulated.makespan + max(updates) + profile.step,
         memory=stages.memory(schedule),
     )

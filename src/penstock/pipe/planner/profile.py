@@ -70,6 +70,7 @@ class Profile:
         action: Seconds that every action takes besides the layers: taking values from messages and putting them in.
         step: Seconds that every step takes besides actions and updates.
         concurrent: Processes that computed at the same time while it was measured.
+        reading: Seconds that reading a micro-batch takes; a step begins with all of its own.
     """
 
     micro_batch_size: int
@@ -79,6 +80,7 @@ class Profile:
     action: float = 0.0
     step: float = 0.0
     concurrent: int = 1
+    reading: float = 0.0
 
     def transfer(self, layer: int) -> float:
         """Seconds from the end of the action that makes a layer's output to its arrival on another rank."""
