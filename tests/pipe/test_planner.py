@@ -28,9 +28,10 @@ from penstock.pipe.planner import (
     plan_lines,
     predict,
     save_profiles,
+    select_recomputed,
 )
 from penstock.pipe.planner.bounds import all_bounds
-from penstock.pipe.planner.report import size
+from penstock.pipe.planner.report import ranges_of, size
 from penstock.pipe.schedule import get_schedule, peak_memory
 
 KEY = BatchKey(1, 0, 0)
@@ -152,8 +153,68 @@ def test_recomputed_groups_keep_their_inputs() -> None:
     row = 2 * 5 * 4  # bytes of a number at each position of each row
     assert kept_bytes(layers, 1, 5, interval=1) == 4 * 6 * row + (6 * row + 3 * 4)
     assert kept_bytes(layers, 1, 5, interval=2) == 2 * 6 * row + (6 * row + 3 * 4)
-    assert kept_bytes(layers, 6, 8, interval=1) == 2 * 10 * row
+    # The loss comes after the last group: its inputs, the output and the targets, stay.
+    assert kept_bytes(layers, 6, 8, interval=1) == 2 * 10 * row + 2 * 4 * row
     assert kept_bytes(layers, 0, 2, interval=4) == 6 * row
+
+
+class Counted:
+    """Bytes that a stage's graph holds: what is saved outside the recomputed layers, and what goes into those."""
+
+    def __init__(self, stage: Any, value: Tensor, targets: Tensor | None) -> None:
+        own = {p.untyped_storage().data_ptr() for p in stage.parameters()}
+        held: dict[int, Tensor] = {}
+
+        def hold(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                held[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        if not stage.is_first:
+            hold(value)
+        for index, module in zip(range(stage.start, stage.stop), stage.layers.values(), strict=True):
+            if index in stage.recomputed:
+                if index > 0:
+                    hold(value)
+                value = module(value)
+            else:
+                with saved_tensors_hooks(hold, lambda tensor: tensor):
+                    value = module(value)
+        if targets is None:
+            hold(value)
+        else:
+            with saved_tensors_hooks(hold, lambda tensor: tensor):
+                nn.functional.mse_loss(value, targets)
+        self.value = value.detach().requires_grad_()
+        self.bytes = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+@pytest.mark.parametrize("recomputed", [(), (0,), (2, 3), (1, 4), (5,), (0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("bounds", [[0, 6], [0, 3, 6]])
+def test_recomputed_layers_keep_their_inputs_alone(bounds: list[int], recomputed: tuple[int, ...]) -> None:
+    specs = [
+        LayerSpec(nn.Embedding, 7, 6),
+        *(LayerSpec(nn.Linear, 6, 6), LayerSpec(nn.LayerNorm, 6), LayerSpec(nn.Tanh)),
+        *(LayerSpec(nn.GELU), LayerSpec(nn.Linear, 6, 4)),
+    ]
+    module = PipelineModule(
+        specs, num_stages=len(bounds) - 1, partition_method=bounds, activation_checkpoint_layers=recomputed
+    )
+    layers = measure_layers(
+        PipelineModule(specs, num_stages=1).build_stage(0),
+        Flow.inputs(TOKENS),
+        names=[module.type_name(index) for index in range(len(specs))],
+        targets=TARGETS,
+        loss_fn=nn.functional.mse_loss,
+        key=KEY,
+        more=lambda rounds: rounds < 1,
+    )
+    value = TOKENS
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        stage = module.build_stage(number)
+        counted = Counted(stage, value, TARGETS if stage.is_last else None)
+        value = counted.value
+        assert kept_bytes(layers, start, stop, recomputed=recomputed) == counted.bytes
 
 
 def test_layers_that_cannot_wait_are_named_with_the_reason() -> None:
@@ -179,6 +240,8 @@ def test_predictions_are_those_of_the_formulas() -> None:
     assert found.timeline.makespan == pytest.approx((6 + 3) * (f + b) + 6 * hop)
     assert found.seconds == pytest.approx(found.timeline.makespan + 2 * 0.25 + 0.5)
     assert found.memory == (6 * 200 + 2 * 16,) * 4
+    late = predict(replace(profile, reading=0.125), get_schedule("gpipe", 4, 6), (0, 2, 4, 6, 8))
+    assert late.seconds == pytest.approx(found.seconds + 6 * 0.125)
     assert found.bubble == pytest.approx(1 - 6 * (f + b) / found.timeline.makespan)
     again = predict(profile, get_schedule("gpipe", 4, 6), (0, 2, 4, 6, 8), interval=1)
     assert again.timeline.makespan == pytest.approx((6 + 3) * (f + b + 2.0) + 6 * hop)
@@ -232,6 +295,51 @@ def test_a_search_moves_several_cuts_at_once() -> None:
 def test_a_heavy_head_gets_a_stage_with_few_layers() -> None:
     heavy = Profile(1, (*(layer() for _ in range(8)), layer(6.0, 12.0)))
     assert plan_bounds(heavy, get_schedule("1f1b", 2, 32)) == (0, 7, 9)
+
+
+@given(
+    times=st.lists(st.tuples(st.floats(0.1, 5.0), st.integers(50, 400)), min_size=2, max_size=6),
+    share=st.floats(0.0, 1.2),
+    schedule=st.sampled_from(["1f1b", "gpipe"]),
+)
+@settings(max_examples=40)
+def test_layers_are_recomputed_only_as_far_as_the_memory_asks(
+    times: list[tuple[float, int]], share: float, schedule: str
+) -> None:
+    layers = tuple(layer(seconds, 2 * seconds, kept=kept, output=40) for seconds, kept in times)
+    profile, table = Profile(1, layers), get_schedule(schedule, 1, 3)
+    every = range(len(layers))
+
+    def peak(chosen: tuple[int, ...]) -> int:
+        return max(predict(profile, table, (0, len(layers)), recomputed=chosen).memory)
+
+    low, high = peak(tuple(every)), peak(())
+    memory = round(low + share * (high - low))
+    subsets = [chosen for size in range(len(layers) + 1) for chosen in itertools.combinations(every, size)]
+    fitting = [sum(layers[i].forward for i in chosen) for chosen in subsets if peak(chosen) <= memory]
+    found = select_recomputed(profile, table, (0, len(layers)), memory)
+    if found is None:
+        assert not fitting or memory < low
+        return
+    assert peak(found) <= memory
+    # At most one layer's time above the best, which all subsets tell.
+    again = sum(layers[i].forward for i in found)
+    assert again <= min(fitting) + max(x.forward for x in layers) + 1e-9
+    assert all(peak(tuple(i for i in found if i != out)) > memory for out in found)
+
+
+def test_under_a_limit_some_layers_are_recomputed_and_the_rest_is_kept() -> None:
+    # Two cheap layers keep as much as two dear ones: recomputing those suffices.
+    layers = tuple(layer(f, 2 * f, kept=1000, output=10, state=1) for f in (0.1, 1.0, 1.0, 0.1, 1.0, 1.0))
+    profile = Profile(1, layers)
+    whole = plan([profile], ranks=2, samples=8, schedules=["1f1b"]).best
+    found = plan([profile], ranks=2, samples=8, schedules=["1f1b"], memory=max(whole.memory) - 500)
+    assert found.best.recomputed
+    assert set(found.best.recomputed) <= {0, 3}
+    full = [p for p in predictions(found) if p.interval == 1]
+    assert whole.seconds < found.best.seconds < min(p.seconds for p in full)
+    text = "\n".join(plan_lines(found))
+    assert f"recomputing layers {','.join(map(str, found.best.recomputed))}" in text
 
 
 def predictions(found: Any) -> list[Prediction]:
@@ -320,6 +428,10 @@ def test_profiles_are_kept_in_files(tmp_path: Path) -> None:
 
 def test_sizes_are_written_for_people() -> None:
     assert [size(n) for n in (0, 1023, 1536, 3 * 2**20, 5 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "3 MiB", "5 TiB"]
+
+
+def test_runs_of_layers_are_drawn_together() -> None:
+    assert [ranges_of(numbers) for numbers in ((4,), (0, 1, 2, 5), (1, 3, 4))] == ["4", "0-2,5", "1,3-4"]
 
 
 def test_tied_layers_are_measured_where_they_share() -> None:

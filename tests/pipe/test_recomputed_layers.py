@@ -51,6 +51,15 @@ def test_layers_of_the_named_classes_run_twice_to_the_same_gradients(layers: lis
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients, others, strict=True))
 
 
+def test_layers_may_be_named_by_number() -> None:
+    calls, gradients = run()
+    again, others = run(activation_checkpoint_layers=[1, 3])
+    assert [again.count(name) - calls.count(name) for name in ("Noisy", "Other")] == [1, 1]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients, others, strict=True))
+    mixed = PipelineModule(LAYERS, num_stages=2, partition_method=[0, 2, 5], activation_checkpoint_layers=["Noisy", 4])
+    assert [mixed.build_stage(stage).recomputed for stage in (0, 1)] == [{0}, {3, 4}]
+
+
 def test_evaluation_recomputes_nothing() -> None:
     stage = PipelineModule(LAYERS, num_stages=1, activation_checkpoint_layers=["Noisy"]).build_stage(0).eval()
     CALLS.clear()
@@ -64,6 +73,8 @@ def test_evaluation_recomputes_nothing() -> None:
     [
         ({"activation_checkpoint_layers": ["Noisi"]}, "did you mean 'Noisy'"),
         ({"activation_checkpoint_layers": "Noisy"}, r"write \['Noisy'\]"),
+        ({"activation_checkpoint_layers": [5]}, "there is no layer 5; the model has layers 0 to 4"),
+        ({"activation_checkpoint_layers": [True]}, "there is no layer True"),
         ({"activation_checkpoint_layers": ["Noisy"], "activation_checkpoint_interval": 1}, "set one of them"),
     ],
 )

@@ -14,7 +14,7 @@ from penstock._core.keys import derive, seed_torch
 from penstock.pipe.layer_facts import LayerFacts
 from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec, callable_name, layer_name
 from penstock.pipe.partition import MEASURED, check_method, check_num_stages, partition
-from penstock.pipe.recomputed_layers import check_recomputed
+from penstock.pipe.recomputed_layers import check_recomputed, recomputed_layers
 from penstock.pipe.stage import FunctionLayer, Stage
 from penstock.pipe.ties import find_ties
 from penstock.pipe.topology import ProcessTopology
@@ -52,8 +52,8 @@ class PipelineModule:
             ``penstock.initialize`` measures the layers first), or explicit bounds such as ``[0, 4, 9]``.
         activation_checkpoint_interval: Recompute the activations of groups of this many layers in the backward pass;
             0 keeps all.
-        activation_checkpoint_layers: Recompute those of the layers of these classes (by name), each by itself, and keep
-            the others'; in place of an interval.
+        activation_checkpoint_layers: Recompute those of the layers of these classes (by name) or of these numbers,
+            each by itself, and keep the others'; in place of an interval.
 
     Attributes:
         specs: The layers as given.
@@ -79,7 +79,7 @@ class PipelineModule:
         base_seed: int = 1234,
         partition_method: str | Sequence[int] = "parameters",
         activation_checkpoint_interval: int = 0,
-        activation_checkpoint_layers: Sequence[str] = (),
+        activation_checkpoint_layers: Sequence[str | int] = (),
     ) -> None:
         self.specs = _checked_layers(layers)
         if loss_fn is not None and not callable(loss_fn):
@@ -123,6 +123,11 @@ class PipelineModule:
         """For each tie key, the canonical indices of its layers."""
         return {key: tie.layers for key, tie in self._ties.items()}
 
+    @property
+    def recomputed(self) -> frozenset[int]:
+        """Canonical indices of the layers that ``activation_checkpoint_layers`` means."""
+        return recomputed_layers(self.activation_checkpoint_layers, [_type_name(layer) for layer in self.specs])
+
     @staticmethod
     def layer_name(index: int) -> str:
         """The canonical name of a layer, ``layer_000`` for the first."""
@@ -163,7 +168,7 @@ class PipelineModule:
         other.bounds = other._bounds(num_stages)
         return other
 
-    def recomputing(self, interval: int, layers: Sequence[str] = ()) -> "PipelineModule":
+    def recomputing(self, interval: int, layers: Sequence[str | int] = ()) -> "PipelineModule":
         """The same model with other activations recomputed; errors as for the constructor."""
         other = copy.copy(self)
         names = [_type_name(layer) for layer in self.specs]
@@ -224,7 +229,7 @@ class PipelineModule:
             ties=tuple(self._ties.values()),
             forward_fns=forward_fns,
             activation_checkpoint_interval=self.activation_checkpoint_interval,
-            recomputed=[i for i in range(start, stop) if self.type_name(i) in self.activation_checkpoint_layers],
+            recomputed=[i for i in self.recomputed if start <= i < stop],
             device=torch.device(device),
         )
 

@@ -20,7 +20,8 @@ class Recording:
     Attributes:
         config: The run's configuration.
         bounds: Of its stages.
-        interval: Layers recomputed together.
+        interval: Layers recomputed together; 0 forms no groups.
+        recomputed: Without groups, the layers that were recomputed, each by itself.
         micro_batch_size: Rows.
         timelines: Of the recorded steps.
         seconds: Of each whole step, on the slowest rank.
@@ -29,6 +30,7 @@ class Recording:
     config: TrainConfig
     bounds: tuple[int, ...]
     interval: int
+    recomputed: tuple[int, ...]
     micro_batch_size: int
     timelines: tuple[Timeline, ...]
     seconds: tuple[float, ...]
@@ -43,18 +45,13 @@ def read_recording(run: Path) -> Recording:
     folder = run / TIMELINES_NAME
     if not (run / CONFIG_NAME).is_file() or not (folder / LAYOUT_NAME).is_file():
         raise ValueError(f"{run}: holds no recorded steps; train with --set pipe.record_timeline=5 first")
-    config = load_config(run / CONFIG_NAME)
-    if config.pipe.activation_checkpoint_layers:
-        raise ValueError(
-            f"{run}: recomputed {', '.join(config.pipe.activation_checkpoint_layers)}, but a prediction knows "
-            "pipe.activation_checkpoint_interval only; record a run with that, or without recomputation"
-        )
     layout = read_json(folder / LAYOUT_NAME)
     steps = sorted(layout["seconds"], key=int)
     return Recording(
-        config=config,
+        config=load_config(run / CONFIG_NAME),
         bounds=tuple(layout["bounds"]),
         interval=layout["activation_checkpoint_interval"],
+        recomputed=tuple(layout.get("activation_checkpoint_layers", ())),
         micro_batch_size=layout["micro_batch_size"],
         timelines=tuple(load_timeline(folder / f"step_{int(step):08d}.json") for step in steps),
         seconds=tuple(float(layout["seconds"][step]) for step in steps),
@@ -70,7 +67,8 @@ def prediction_of(recording: Recording, profiles: Sequence[Profile]) -> Predicti
     layers = recording.bounds[-1]
     for profile in profiles:
         if profile.micro_batch_size == recording.micro_batch_size and len(profile.layers) == layers:
-            return predict(profile, recording.timelines[0].schedule, recording.bounds, recording.interval)
+            schedule = recording.timelines[0].schedule
+            return predict(profile, schedule, recording.bounds, recording.interval, recording.recomputed)
     sizes = ", ".join(f"{len(p.layers)} layers in micro-batches of {p.micro_batch_size}" for p in profiles)
     raise ValueError(
         f"the run has {layers} layers in micro-batches of {recording.micro_batch_size}, the profile is of {sizes}; "

@@ -103,8 +103,8 @@ class PipeSection(Section):
         partition_method: ``parameters``, ``uniform``, ``type:REGEX``, ``profile`` (layers are measured first), or
             explicit bounds (``stages * chunks + 1`` layer numbers).
         activation_checkpoint_interval: Layers recomputed together in the backward pass; 0 keeps all activations.
-        activation_checkpoint_layers: Class names of the layers that are recomputed, each by itself, in place of an
-            interval.
+        activation_checkpoint_layers: Class names or numbers of the layers that are recomputed, each by itself, in place
+            of an interval.
         activation_compression: How activations go to the next rank, and their gradients back, in training: ``none`` as
             they are, ``bf16``, ``fp8``, ``int8``, or ``int4`` (activations only; gradients are then ``int8``). All but
             ``none`` round what layers compute on.
@@ -117,7 +117,7 @@ class PipeSection(Section):
     slices: int | None = Field(default=None, ge=1)
     partition_method: str | tuple[int, ...] = "parameters"
     activation_checkpoint_interval: int = Field(default=0, ge=0)
-    activation_checkpoint_layers: tuple[str, ...] = ()
+    activation_checkpoint_layers: tuple[str | int, ...] = ()
     activation_compression: str = "none"
     record_timeline: int = Field(default=0, ge=0)
 

@@ -21,7 +21,7 @@ from penstock.runtime.launch import launch
 from penstock.runtime.main_job import reference_model
 from penstock.runtime.preparation import open_training_data, training_order
 from penstock.runtime.process import Process
-from penstock.runtime.profiling import Profiler, profiling_groups, sample_batch
+from penstock.runtime.profiling import Profiler, profiling_groups, timed_batch
 
 _SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -43,11 +43,6 @@ def read_config(path: Path, overrides: Sequence[str]) -> TrainConfig:
         raise ValueError(
             f"tensor_parallel.size={config.tensor_parallel.size}: layers are measured whole, which no rank of that run "
             "computes; plan with --set tensor_parallel.size=1 for the order of the candidates"
-        )
-    if config.tensor_parallel.size > 1:
-        raise ValueError(
-            f"layers are measured whole, but tensor_parallel.size={config.tensor_parallel.size} divides them; plan "
-            "with --set tensor_parallel.size=1"
         )
     if config.batching.token_budget is not None or config.batching.sizes or config.batching.sequence_length:
         raise ValueError(
@@ -124,7 +119,10 @@ def measure(config: TrainConfig, sizes: Sequence[int], file: Path) -> None:
                 autocast_dtype=AUTOCAST_DTYPES.get(config.precision),
                 watcher=watcher,
             )
-            profiles = [profiler.profile(size, sample_batch(dataset, order, size, process.device)) for size in sizes]
+            profiles = []
+            for size in sizes:
+                batch, reading = timed_batch(dataset, order, size, process.device)
+                profiles.append(profiler.profile(size, batch, reading=reading, split=not config.data_parallel.sharded))
         if process.rank == 0:
             save_profiles(profiles, file)
     process.leave()
@@ -158,7 +156,7 @@ def write_config(config: TrainConfig, choice: Prediction, path: Path) -> None:
         "chunks": choice.chunks,
         "partition_method": list(choice.bounds),
         "activation_checkpoint_interval": choice.interval,
-        "activation_checkpoint_layers": [],
+        "activation_checkpoint_layers": list(choice.recomputed),
     }
     values["train"]["micro_batch_size"] = choice.micro_batch_size
     load_config(values)

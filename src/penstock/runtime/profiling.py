@@ -45,6 +45,7 @@ _OVERHEAD_BATCHES: Final = (8, 32)
 _LONGEST_REHEARSAL: Final = 32
 """Micro-batches of a rehearsed step, where the run's steps have more."""
 _REHEARSAL_S: Final = 2.0
+_READINGS: Final = 5
 _NAMES: Final = {"F": "forward", "B": "backward", "I": "input_gradient", "W": "weight_gradient"}
 _TIMES: Final = (*_NAMES.values(), "update")
 
@@ -96,8 +97,7 @@ class Profiler:
         if self._rounds == 0:
             self._divide_by_time(size, batch)
         profile = replace(self._measured(size, batch, least_s=_LEAST_S), reading=reading)
-        pipe = self.config.pipe
-        recompute = bool(pipe.activation_checkpoint_interval or pipe.activation_checkpoint_layers)
+        recompute = bool(self.module.activation_checkpoint_interval or self.module.activation_checkpoint_layers)
         rehearsed = self._rehearsed(self._schedule("1f1b", size), batch, recompute=recompute)
         times = dict(rehearsed.spans)
         if recompute and times:  # the backward pass ran the forward pass again
@@ -429,7 +429,7 @@ def divide_by_profile(
     """
     split = any(action.op == "I" for action in schedule.ranks[0])
     profile = Profiler(module=module, **settings).profile(micro_batch_size, batch(), split=split)
-    bounds = plan_bounds(profile, schedule, module.activation_checkpoint_interval)
+    bounds = plan_bounds(profile, schedule, module.activation_checkpoint_interval, recomputed=module.recomputed)
     return module.divided_by(bounds, schedule.num_stages)
 
 
@@ -457,3 +457,13 @@ def sample_batch(dataset: Any, order: Any, size: int, device: torch.device, coll
     rows = order.sample_at(np.arange(size, dtype=np.int64))
     inputs, targets = (collate or collate_samples)([dataset[int(row)] for row in rows])
     return to_device(inputs, device), to_device(targets, device)
+
+
+def timed_batch(dataset: Any, order: Any, size: int, device: torch.device) -> tuple[tuple[Any, Any], float]:
+    """:func:`sample_batch`, and the median of the seconds that it takes."""
+    seconds = []
+    for _ in range(_READINGS):
+        start = time.perf_counter()
+        batch = sample_batch(dataset, order, size, device)
+        seconds.append(time.perf_counter() - start)
+    return batch, statistics.median(seconds)

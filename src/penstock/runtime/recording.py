@@ -73,6 +73,7 @@ class TimelineRecorder:
         layout = {
             "bounds": [0, 1] if module is None else list(module.bounds or ()),
             "activation_checkpoint_interval": 0 if module is None else module.activation_checkpoint_interval,
+            "activation_checkpoint_layers": [] if module is None else sorted(module.recomputed),
             "micro_batch_size": self._parts.config.train.micro_batch_size,
             "seconds": self._seconds,
         }

@@ -6,6 +6,7 @@ from penstock.pipe.planner.plan import TRAINABLE, WHOLE, Plan, plan, plan_bounds
 from penstock.pipe.planner.predict import Prediction, predict
 from penstock.pipe.planner.profile import LayerCosts, Profile, load_profiles, save_profiles
 from penstock.pipe.planner.report import layer_lines, plan_lines
+from penstock.pipe.planner.selective import select_recomputed
 from penstock.pipe.planner.stages import StageCosts, kept_bytes
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "predict",
     "run_through",
     "save_profiles",
+    "select_recomputed",
 ]

@@ -6,7 +6,7 @@ the stage's: starting autograd for every layer costs more than for all of them t
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -64,11 +64,8 @@ class _Timed:
     gradients: list[Tensor] | None = None
 
     def forward(self, flow: Flow, key: BatchKey, *, split: bool) -> _Pass:
-        structure, tensors = flatten(flow.value)
-        fresh = [tensor.detach().requires_grad_(wants) for tensor, wants in zip(tensors, flow.wants, strict=True)]
-        leaves = [tensor for tensor in fresh if tensor.requires_grad]
+        value, leaves = _fresh(flow)
         cuts: list[Cut] | None = [] if split and not leaves else None
-        value = unflatten(structure, fresh)
         self._wait()
         start = time.perf_counter()
         output = self.stage(value, key, cuts)
@@ -217,6 +214,7 @@ def _sizes(parts: list[_Timed], flow: Flow, key: BatchKey) -> list[LayerCosts]:
             kept.update({at: size for at, size in _storages([tensor]).items() if at not in own})
             return tensor
 
+        loss_kept = _kept_by_loss(part, flow, key, own)
         came_in = _storages(flatten(flow.value)[1])
         with saved_tensors_hooks(save, lambda tensor: tensor):
             passes.append(part.forward(flow, key, split=False))
@@ -234,12 +232,36 @@ def _sizes(parts: list[_Timed], flow: Flow, key: BatchKey) -> list[LayerCosts]:
                 input_beyond=sum(size for at, size in came_in.items() if at not in kept),
                 output_beyond=sum(size for at, size in went_out.items() if at not in kept and at not in came_in),
                 output=sum(tensor.nbytes for tensor in ([] if part.stage.is_last else flatten(flow.value)[1])),
+                loss_kept=loss_kept,
             )
         )
         before = kept
     for part in reversed(parts):
         part.backward(passes.pop(), split=False)
     return sizes
+
+
+def _kept_by_loss(part: _Timed, flow: Flow, key: BatchKey, own: Collection[int]) -> int:
+    """Bytes that the loss function keeps."""
+    if not part.stage.is_last or part.loss_fn is None:
+        return 0
+    output = part.stage(_fresh(flow)[0], key)
+    kept: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        kept.update(_storages([tensor]))
+        return tensor
+
+    with part.stage.autocast(), saved_tensors_hooks(save, lambda tensor: tensor):
+        loss_of(output, part.targets, part.loss_fn, stage=part.stage.index)
+    return sum(size for at, size in kept.items() if at not in own)
+
+
+def _fresh(flow: Flow) -> tuple[Any, list[Tensor]]:
+    """The value as leaves of a new graph, and those of them that require a gradient."""
+    structure, tensors = flatten(flow.value)
+    fresh = [tensor.detach().requires_grad_(wants) for tensor, wants in zip(tensors, flow.wants, strict=True)]
+    return unflatten(structure, fresh), [tensor for tensor in fresh if tensor.requires_grad]
 
 
 def _storages(tensors: Sequence[Tensor | nn.Parameter]) -> dict[int, int]:

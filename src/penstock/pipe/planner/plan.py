@@ -1,6 +1,6 @@
 """Chooses partition, placement, schedule, micro-batch size and activation checkpointing."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -9,6 +9,7 @@ from penstock.pipe.partition import balance
 from penstock.pipe.planner.bounds import Bounds, best_bounds
 from penstock.pipe.planner.predict import Prediction, predict
 from penstock.pipe.planner.profile import Profile
+from penstock.pipe.planner.selective import select_recomputed
 from penstock.pipe.planner.stages import StageCosts
 from penstock.pipe.schedule import SCHEDULES, Problem, Schedule, get_schedule, search
 
@@ -59,7 +60,8 @@ def plan(
         samples: Of each pipeline in a step. Sizes of micro-batches that do not divide it are left out.
         memory: What each rank may take, in bytes; None is no limit.
         schedules: Names of built-in schedules.
-        intervals: Of activation checkpointing; 0 is none, 1 recomputes every layer.
+        intervals: Of activation checkpointing; 0 is none, 1 recomputes every layer. Where memory is short, some
+            layers alone are recomputed, too (:func:`~penstock.pipe.planner.select_recomputed`).
         search_effort_s: Seconds to search for a schedule of one's own for the best bounds; 0 does not.
 
     Raises:
@@ -83,7 +85,15 @@ def plan(
     chosen = {id(draft): draft for draft in drafts[:_REFINED]}
     for interval in intervals:
         chosen |= {id(d): d for d in [d for d in drafts if d[1].interval == interval][: _REFINED // 2]}
-    found = [_refined(*chosen[id(draft)], memory) if id(draft) in chosen else draft[1] for draft in drafts]
+    found: list[Prediction] = []
+    for draft in drafts:
+        profile, prediction = draft
+        if id(draft) not in chosen:
+            found.append(prediction)
+            continue
+        found.append(_refined(profile, prediction, memory))
+        if memory is not None:
+            found += _selective(profile, found[-1], memory)
     fitting = [prediction for prediction in found if _excess(prediction, memory) == 0]
     if not fitting:
         least = min(found, key=lambda prediction: max(prediction.memory))
@@ -107,11 +117,17 @@ def plan(
     return Plan(tuple(fitting), len(found) - sum(_excess(p, memory) == 0 for p in found), memory)
 
 
-def plan_bounds(profile: Profile, schedule: Schedule, interval: int = 0, memory: int | None = None) -> Bounds:
+def plan_bounds(
+    profile: Profile,
+    schedule: Schedule,
+    interval: int = 0,
+    memory: int | None = None,
+    recomputed: Collection[int] = (),
+) -> Bounds:
     """The division of a profiled model for a given schedule, by predicted step and within a memory limit if one can."""
 
     def score(bounds: Bounds) -> tuple[float, ...]:
-        return _score(profile, predict(profile, schedule, bounds, interval), memory)
+        return _score(profile, predict(profile, schedule, bounds, interval, recomputed), memory)
 
     return best_bounds(_loads(profile), schedule.num_stages, score)
 
@@ -150,9 +166,16 @@ def _refined(profile: Profile, draft: Prediction, memory: int | None) -> Predict
     return predict(profile, draft.schedule, bounds, draft.interval)
 
 
+def _selective(profile: Profile, full: Prediction, memory: int) -> Iterator[Prediction]:
+    """The same layout with no more layers recomputed than must be, where that is some but not all."""
+    layers = select_recomputed(profile, full.schedule, full.bounds, memory)
+    if layers and len(layers) < len(profile.layers):
+        yield predict(profile, full.schedule, full.bounds, recomputed=layers)
+
+
 def _searched(profile: Profile, best: Prediction, memory: int | None, effort_s: float) -> Prediction:
     """A schedule of one's own for the placement and the bounds of the best one."""
-    stages = StageCosts.of(profile, best.bounds, best.interval)
+    stages = StageCosts.of(profile, best.bounds, best.interval, best.recomputed)
     left = None
     if memory is not None:
         schedule = best.schedule
@@ -169,4 +192,4 @@ def _searched(profile: Profile, best: Prediction, memory: int | None, effort_s: 
         memory=left,
         activations=[float(b) for b in stages.activations],
     )
-    return predict(profile, search(problem, effort_s=effort_s).schedule, best.bounds, best.interval)
+    return predict(profile, search(problem, effort_s=effort_s).schedule, best.bounds, best.interval, best.recomputed)

@@ -1,6 +1,6 @@
 """Says what a step will take, and how much memory."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from penstock.pipe.planner.profile import Profile
@@ -15,10 +15,11 @@ class Prediction:
     Attributes:
         micro_batch_size: Rows.
         bounds: Of the stages.
-        interval: Layers recomputed together; 0 keeps all activations.
+        interval: Layers recomputed together; 0 forms no groups.
         timeline: Of one step's forward and backward passes, in seconds; it holds the schedule.
         seconds: A whole step: reading, the makespan, the longest update of a rank, and what every step takes besides.
         memory: For each rank, its peak in bytes.
+        recomputed: Without groups, the layers that are recomputed, each by itself.
     """
 
     micro_batch_size: int
@@ -27,6 +28,7 @@ class Prediction:
     timeline: Timeline
     seconds: float
     memory: tuple[int, ...]
+    recomputed: tuple[int, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -44,16 +46,23 @@ class Prediction:
         return self.timeline.bubble_fraction
 
 
-def predict(profile: Profile, schedule: Schedule, bounds: Sequence[int], interval: int = 0) -> Prediction:
+def predict(
+    profile: Profile,
+    schedule: Schedule,
+    bounds: Sequence[int],
+    interval: int = 0,
+    recomputed: Collection[int] = (),
+) -> Prediction:
     """Simulate a step of a schedule with the costs of a profile.
 
     Args:
         profile: Of the model.
         schedule: With as many stages as the bounds have.
         bounds: Stage ``s`` holds layers ``bounds[s]`` to ``bounds[s + 1] - 1``.
-        interval: Layers recomputed together in the backward pass; 0 keeps all activations.
+        interval: Layers recomputed together in the backward pass; 0 forms no groups.
+        recomputed: Without groups, the layers that are recomputed, each by itself.
     """
-    stages = StageCosts.of(profile, bounds, interval)
+    stages = StageCosts.of(profile, bounds, interval, recomputed)
     simulated = simulate(schedule, stages.costs)
     updates = [sum(stages.updates[s] for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
     reading = profile.reading * schedule.micro_batches
@@ -64,4 +73,5 @@ def predict(profile: Profile, schedule: Schedule, bounds: Sequence[int], interva
         timeline=Timeline(schedule, simulated.starts, simulated.ends, "s"),
         seconds=reading + simulated.makespan + max(updates) + profile.step,
         memory=stages.memory(schedule),
+        recomputed=tuple(sorted(recomputed)),
     )

@@ -27,6 +27,7 @@ class LayerCosts:
         input_beyond: Of its input, what it does not keep itself; a stage holds its input all the same.
         output_beyond: Of its output, likewise.
         output: Of its output, which travels where a stage ends here.
+        loss_kept: Of ``kept``, on the last layer, what the loss function keeps: recomputing the layer does not free it.
         parameters: Of its parameters and buffers.
         state: Of gradients and the optimizer's state.
         update: Its share of clipping, optimizer step and clearing.
@@ -49,6 +50,7 @@ class LayerCosts:
     update: float = 0.0
     tie: str | None = None
     whole: tuple[str, ...] = ()
+    loss_kept: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):

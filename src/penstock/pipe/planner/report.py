@@ -73,10 +73,23 @@ def prediction_lines(found: Prediction) -> Iterator[str]:
 
 
 def recomputed(found: Prediction) -> str:
-    """What is recomputed, in a word or two."""
+    """What is recomputed, in a few words."""
+    if found.recomputed:
+        return f"layers {ranges_of(found.recomputed)}"
     if found.interval == 0:
         return "nothing"
     return "every layer" if found.interval == 1 else f"groups of {found.interval}"
+
+
+def ranges_of(numbers: Sequence[int]) -> str:
+    """Rising numbers with their runs drawn together: ``1-3,7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def size(count: float) -> str:

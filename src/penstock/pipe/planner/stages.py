@@ -1,6 +1,6 @@
 """From layers to stages: what a division of the model costs and keeps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,17 +27,21 @@ class StageCosts:
     updates: tuple[float, ...]
 
     @classmethod
-    def of(cls, profile: Profile, bounds: Sequence[int], interval: int = 0) -> "StageCosts":
+    def of(
+        cls, profile: Profile, bounds: Sequence[int], interval: int = 0, recomputed: Collection[int] = ()
+    ) -> "StageCosts":
         """Add up layers.
 
         Args:
             profile: Of the model.
             bounds: Stage ``s`` holds layers ``bounds[s]`` to ``bounds[s + 1] - 1``.
-            interval: Layers recomputed together in the backward pass; 0 keeps all activations.
+            interval: Layers recomputed together in the backward pass; 0 forms no groups.
+            recomputed: Without groups, the layers that are recomputed, each by itself.
         """
         ranges = list(pairwise(bounds))
         layers = [profile.layers[start:stop] for start, stop in ranges]
-        again = [sum(layer.forward for layer in stage) if interval else 0.0 for stage in layers]
+        groups = [list(_groups(start, stop, interval, recomputed)) for start, stop in ranges]
+        again = [sum(layer.forward for a, b in stage for layer in profile.layers[a:b]) for stage in groups]
         costs = Costs(
             forward=[profile.action + sum(layer.forward for layer in stage) for stage in layers],
             backward=[
@@ -53,10 +57,9 @@ class StageCosts:
         )
         return cls(
             costs=costs,
-            activations=tuple(kept_bytes(profile.layers, start, stop, interval) for start, stop in ranges),
+            activations=tuple(kept_bytes(profile.layers, start, stop, interval, recomputed) for start, stop in ranges),
             workspace=tuple(
-                max((kept_bytes(profile.layers, *group) for group in _groups(start, stop, interval)), default=0)
-                for start, stop in ranges
+                max((kept_bytes(profile.layers, *group) for group in stage), default=0) for stage in groups
             ),
             static=tuple(_static(stage) for stage in layers),
             updates=tuple(sum(layer.update for layer in stage) for stage in layers),
@@ -72,24 +75,41 @@ class StageCosts:
         )
 
 
-def kept_bytes(layers: Sequence[LayerCosts], start: int, stop: int, interval: int = 0) -> int:
+def kept_bytes(
+    layers: Sequence[LayerCosts], start: int, stop: int, interval: int = 0, recomputed: Collection[int] = ()
+) -> int:
     """Bytes that one micro-batch keeps on a stage of layers ``start`` to ``stop - 1`` until its backward pass.
 
     A stage holds its input and its output, of which the first one's input, the batch, and the last one's output, the
-    loss, count nothing besides what layers keep. Where layers are recomputed, it holds the input of each group.
+    loss, count nothing besides what layers keep. Where layers are recomputed, it holds the input of each group, and
+    what the loss keeps, which is not computed again.
     """
-    output = layers[stop - 1]
-    if interval:
-        inputs = [layers[first - 1].output for first, _ in _groups(start, stop, interval) if first > 0]
-        return sum(inputs) + (0 if stop == len(layers) else output.output)
-    total = sum(layer.kept for layer in layers[start:stop]) - sum(layer.shared for layer in layers[start + 1 : stop])
-    return total + (layers[start].input_beyond if start > 0 else 0) + output.output_beyond
+    total, before = 0, False  # whether the layer before is recomputed
+    groups = dict(_groups(start, stop, interval, recomputed))
+    at = start
+    while at < stop:
+        after = groups.get(at)
+        inside = layers[at - 1] if at > start else None
+        if after is None:
+            total += layers[at].kept - (layers[at].shared if inside is not None and not before else 0)
+            if inside is None and at > 0:
+                total += layers[at].input_beyond
+        elif inside is not None and not before:
+            total += inside.output_beyond
+        elif at > 0:
+            total += layers[at - 1].output
+        before, at = after is not None, after or at + 1
+    last = layers[stop - 1]
+    if not before:
+        return total + last.output_beyond
+    return total + (last.loss_kept if stop == len(layers) else last.output)
 
 
-def _groups(start: int, stop: int, interval: int) -> Iterator[tuple[int, int]]:
-    if interval:
-        for first in range(start, stop, interval):
-            yield first, min(first + interval, stop)
+def _groups(start: int, stop: int, interval: int, recomputed: Collection[int] = ()) -> Iterator[tuple[int, int]]:
+    """Bounds of the layers that are recomputed together."""
+    for first in range(start, stop, interval or 1):
+        if interval or first in recomputed:
+            yield first, min(first + (interval or 1), stop)
 
 
 def _static(layers: Sequence[LayerCosts]) -> int:
