@@ -182,6 +182,8 @@ def notes(config: TrainConfig) -> list[str]:
         said.append(f"not in the step: the exchange of gradients over {replicas_of(config)} replicas")
     if config.data_parallel.sharded:
         said.append("not in the peaks: that parameters, gradients and optimizer state are divided over the replicas")
+    if config.pipe.activation_compression != "none":
+        said.append("messages count in full, though pipe.activation_compression makes them smaller")
     if config.random_ltd_enabled:
         said.append("planned for whole sequences, to which token dropping grows")
     return said

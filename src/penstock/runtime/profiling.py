@@ -176,6 +176,7 @@ class Profiler:
                 loss_fn=self.loss_fn,
                 watcher=self.watcher,
                 seed=self.config.seed,
+                compression=self.config.pipe.activation_compression,
                 budget_s=_REHEARSAL_S,
             )
         finally:

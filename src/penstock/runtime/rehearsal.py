@@ -23,6 +23,7 @@ from penstock.pipe.loss import LossFn
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.schedule import Action, Schedule
 from penstock.pipe.stage import Stage
+from penstock.runtime.activation_codec import activation_codecs
 from penstock.runtime.clipping import clip_, largest, squares
 from penstock.runtime.gather import gather_json
 from penstock.runtime.optimizer_section import OptimizerSection
@@ -60,6 +61,7 @@ def rehearse(
     loss_fn: LossFn | None,
     watcher: Watcher,
     seed: int,
+    compression: str,
     budget_s: float,
 ) -> Rehearsal:
     """Run steps of this rank's stage, each with the same micro-batches; weights stay as they are. Collective.
@@ -73,6 +75,7 @@ def rehearse(
         loss_fn: None where the model returns its loss.
         watcher: Told of every wait.
         seed: The run's.
+        compression: Of activations between ranks; the run's.
         budget_s: About how long to go on, with 3 to 15 steps that count.
     """
     exchange = _Timed(stage.parameters(), replicas=1)
@@ -86,6 +89,7 @@ def rehearse(
         watcher=watcher,
         seed=seed,
         device=stage.device,
+        codecs=activation_codecs(compression),
     )
     built = _built(stage, optimizer)
     actions = schedule.ranks[groups.pipe_rank]
