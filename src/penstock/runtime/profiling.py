@@ -165,7 +165,8 @@ class Profiler:
         stage = self._stage
         stage.activation_checkpoint_interval = 1 if recompute else 0
         # Each its own memory, as batches that were read one after the other have.
-        batches = [MicroBatch(*map_tensors(torch.clone, batch), i) for i in range(schedule.micro_batches)]
+        copies = [map_tensors(torch.clone, batch) for _ in range(schedule.micro_batches)]
+        batches = [MicroBatch(inputs, targets, index) for index, (inputs, targets) in enumerate(copies)]
         try:
             return rehearse(
                 stage,
