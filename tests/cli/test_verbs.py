@@ -153,11 +153,18 @@ def longest(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.diff(offsets) * 10
 
 
+def in_all(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    return np.array([len(offsets) - 1, len(tokens)])
+
+
 def test_analyze_with_functions_and_a_picture(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "my_metrics", sys.modules[__name__])
     arguments = ["analyze", dataset, tmp_path / "d", "-m", "my_metrics:longest", "-m", "uniqueratio"]
-    result = run(*arguments, "--picture", tmp_path / "p.svg", "--resume")
+    result = run(*arguments, "--total", "my_metrics:in_all", "--picture", tmp_path / "p.svg", "--resume")
     assert result.exit_code == 0, result.output
+    assert "longest, in_all of" in result.output
+    assert DataAnalyzer.load(tmp_path / "d").total("in_all").tolist() == [len(LENGTHS), sum(LENGTHS)]
+    assert "total of shape (2,)" in run("inspect", tmp_path / "d").output
     assert DataAnalyzer.load(tmp_path / "d").values("longest").tolist() == [10 * n for n in LENGTHS]
     assert (tmp_path / "p.svg").is_file()
     for extra, message in (

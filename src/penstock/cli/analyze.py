@@ -29,6 +29,15 @@ def analyze(
             "package.module:function. Repeatable; without it, the first two.",
         ),
     ] = None,
+    total: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--total",
+            metavar="NAME",
+            show_default=False,
+            help="package.module:function, whose arrays are added up over all samples. Repeatable.",
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option("--model", show_default=False, help="For loss: a run, a checkpoint, or a Hugging Face model."),
@@ -62,6 +71,7 @@ def analyze(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from penstock.data_pipeline.components import import_attribute
     from penstock.data_pipeline.data_sampling.analyzer import DEFAULT_METRICS, DataAnalyzer
     from penstock.data_pipeline.data_sampling.picture import check_picture, draw_distributions
     from penstock.data_pipeline.datasets import open_dataset
@@ -70,6 +80,7 @@ def analyze(
     if picture is not None:
         check_picture(picture)
     names, functions = _metrics(metrics or list(DEFAULT_METRICS), model)
+    totals = {name.rpartition(":")[2]: import_attribute(name) for name in total or ()}
     samples = open_dataset(dataset, length=length, column=column)
     if isinstance(samples, TableColumn) and len(samples) and isinstance(samples[0], str):
         field = "" if samples.column == "text" else f" --field {samples.column}"
@@ -86,13 +97,20 @@ def analyze(
                 tasks[what] = display.add_task(what, total=total)
             display.update(tasks[what], completed=done)
 
-        analyzer = DataAnalyzer(samples, names, output, metric_functions=functions, engine=engine.value, progress=show)
+        analyzer = DataAnalyzer(
+            samples,
+            names,
+            output,
+            metric_functions=functions,
+            total_functions=totals,
+            engine=engine.value,
+            progress=show,
+        )
         found = analyzer.run(resume=resume)
     if picture is not None:
         draw_distributions(found, picture)
-    typer.echo(
-        f"{output}: {', '.join(found.metrics)} of {found.num_samples:,} samples, {found.num_tokens or 0:,} tokens"
-    )
+    measured = ", ".join((*found.metrics, *found.totals))
+    typer.echo(f"{output}: {measured} of {found.num_samples:,} samples, {found.num_tokens or 0:,} tokens")
 
 
 def _metrics(wanted: list[str], model: Path | None) -> tuple[list[str], dict[str, Any]]:

@@ -154,6 +154,9 @@ def _analysis(place: Path) -> Finding:
             if len(order):
                 low, middle, high = (values[order[at]] for at in (0, len(order) // 2, len(order) - 1))
                 found.facts[metric] = f"{low:.6g} to {high:.6g}, median {middle:.6g}"
+        for name in analysis.totals:
+            total = analysis.total(name)
+            found.facts[name] = f"total {total:.6g}" if total.ndim == 0 else f"total of shape {total.shape}"
     except (CorruptFileError, IndexError) as error:
         found.problems.append(str(error))
     return found

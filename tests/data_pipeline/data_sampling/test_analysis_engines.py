@@ -11,9 +11,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from penstock.data_pipeline.data_sampling import Analysis, DataAnalyzer, IndexedDataset, IndexedDatasetBuilder
+from penstock.data_pipeline.data_sampling import (
+    Analysis,
+    DataAnalyzer,
+    IndexedDataset,
+    IndexedDatasetBuilder,
+    unfinished,
+)
 from penstock.data_pipeline.data_sampling.analyzer import KNOWN_METRICS
 from penstock.data_pipeline.data_sampling.engines import map_ranges
+from penstock.data_pipeline.data_sampling.unfinished import Unfinished
 from penstock.data_pipeline.datasets import TokenWindows
 
 
@@ -79,6 +86,7 @@ class Breaks:
 
 def test_an_analysis_is_taken_up_where_it_was_left(corpus: IndexedDataset, tmp_path: Path) -> None:
     options: dict[str, Any] = {"shard_tokens": 400, "batch_tokens": 1 << 20}
+    options["total_functions"] = {"thirds": lambda tokens, offsets: np.array([len(tokens), tokens.sum()]) / 3}
     whole = DataAnalyzer(corpus, ["seqlen"], tmp_path / "w", metric_functions={"m": Breaks(99)}, **options).run()
     broken = Breaks(12)
     with pytest.raises(RuntimeError, match="the disk is gone"):
@@ -93,6 +101,8 @@ def test_an_analysis_is_taken_up_where_it_was_left(corpus: IndexedDataset, tmp_p
     assert sum(again.seen[1:]) + sum(broken.seen[1:]) >= 500
     assert seen[-1] == ("reading", 500, 500)
     assert (analysis.values("m") == whole.values("m")).all()
+    assert (analysis.total("thirds") == whole.total("thirds")).all()  # to the bit: shards add up in their order
+    assert analysis.total("thirds") == pytest.approx([corpus.num_tokens / 3, corpus.tokens.sum() / 3])
     assert analysis.num_tokens == whole.num_tokens
     assert not (tmp_path / "a" / "unfinished").exists()
 
@@ -109,6 +119,34 @@ def test_what_was_left_of_something_else_is_not_taken_up(corpus: IndexedDataset,
         last = Breaks(99)
         DataAnalyzer(corpus, [], tmp_path / "b", metric_functions={"m": last}, shard_tokens=400).run(resume=True)
         assert sum(last.seen[1:]) == 500
+
+
+def test_a_process_that_ends_while_it_saves_leaves_what_it_saved_before(tmp_path: Path) -> None:
+    """The counts are in one file and the list of the shards that they hold in another: they must go together."""
+    bounds, dtypes = [0, 2, 4, 6], {"m": np.dtype(np.int64)}
+
+    def shard(store: Unfinished, number: int) -> None:
+        store.tokens = (store.tokens or 0) + 10
+        store.counts = np.array([store.tokens])
+        store.store(0, number, {"m": np.array([number, number])})
+
+    store = Unfinished(tmp_path, "k", bounds, dtypes, 1, resume=False)
+    for number in range(2):
+        shard(store, number)
+        store.save()
+    shard(store, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.save()
+    again = Unfinished(tmp_path, "k", bounds, dtypes, 1, resume=True)
+    assert again.missing(0) == [2]
+    assert (again.tokens, again.counts.tolist()) == (20, [20])
+    shard(again, 2)
+    again.save()
+    last = Unfinished(tmp_path, "k", bounds, dtypes, 1, resume=True)
+    assert (last.missing(0), last.tokens, last.counts.tolist()) == ([], 30, [30])
+    assert last.values("m").tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_metric_keeps_its_type(corpus: IndexedDataset, tmp_path: Path) -> None:
@@ -177,9 +215,10 @@ import numpy as np
 if __name__ == "__main__":
     corpus = IndexedDataset(sys.argv[1])
     double = lambda tokens, offsets: np.diff(offsets) * 2
+    thirds = lambda tokens, offsets: np.bincount(tokens, minlength=400) / 3
     analyzer = DataAnalyzer(
         corpus, ["seqlen", "vocabularyrarity"], sys.argv[2], metric_functions={"double": double}, engine="ray",
-        shard_tokens=1500,
+        total_functions={"thirds": thirds}, shard_tokens=1500,
     )
     found = analyzer.run()
     print(json.dumps([found.num_tokens, found.values("double").tolist()]))
@@ -191,7 +230,8 @@ if __name__ == "__main__":
 
 
 def test_the_same_on_a_local_ray(corpus: IndexedDataset, tmp_path: Path) -> None:
-    native = DataAnalyzer(corpus, output_dir=tmp_path / "native", shard_tokens=1500).run()
+    thirds = {"thirds": lambda tokens, offsets: np.bincount(tokens, minlength=400) / 3}
+    native = DataAnalyzer(corpus, output_dir=tmp_path / "native", total_functions=thirds, shard_tokens=1500).run()
     script = tmp_path / "on_ray.py"
     script.write_text(_ON_RAY)
     result = subprocess.run(
@@ -206,5 +246,6 @@ def test_the_same_on_a_local_ray(corpus: IndexedDataset, tmp_path: Path) -> None
     assert tokens == native.num_tokens
     assert double == (2 * corpus.lengths).tolist()
     assert "token numbers run from -1" in result.stdout
-    for name in ("seqlen.values.npy", "seqlen.order.npy", "vocabularyrarity.values.npy", "vocabularyrarity.order.npy"):
+    files = [f"{metric}.{kind}" for metric in native.metrics for kind in ("values", "order")]
+    for name in [f"{file}.npy" for file in (*files, "thirds.total", "token_counts")]:
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "native" / name).read_bytes()

@@ -69,6 +69,43 @@ def test_user_metrics_and_progress(tmp_path: Path) -> None:
     assert seen == [("reading", 1, 2), ("reading", 2, 2)]
 
 
+def _lengths(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """How many samples have each length."""
+    return np.bincount(np.diff(offsets), minlength=9)
+
+
+def _tenths(tokens: np.ndarray, offsets: np.ndarray) -> float:
+    return float(tokens.sum()) / 10
+
+
+@given(corpora, st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=8)  # each example syncs some files
+def test_totals_are_sums_over_all_samples(
+    tmp_path_factory: pytest.TempPathFactory, corpus: list[list[int]], batch_tokens: int, shard_tokens: int
+) -> None:
+    directory = tmp_path_factory.mktemp("analysis")
+    with IndexedDatasetBuilder(directory / "d", np.uint16) as builder:
+        builder.add_items(corpus, documents=True)
+    analyzer = DataAnalyzer(
+        IndexedDataset(directory / "d"),
+        [],
+        directory / "a",
+        total_functions={"lengths": _lengths, "tenths": _tenths},
+        batch_tokens=batch_tokens,
+        shard_tokens=shard_tokens,
+    )
+    for found in (analyzer.run(), DataAnalyzer.load(directory / "a")):
+        assert found.metrics == ()
+        assert found.totals == ("lengths", "tenths")
+        assert found.total("lengths").tolist() == [sum(len(s) == n for s in corpus) for n in range(9)]
+        assert found.total("lengths").dtype == np.int64
+        assert found.total("tenths").shape == ()
+        assert found.total("tenths") == pytest.approx(sum(map(sum, corpus)) / 10)
+        assert found.num_tokens == sum(map(len, corpus))
+        with pytest.raises(ValueError, match="did you mean 'lengths'"):
+            found.total("length")
+
+
 def test_empty_dataset(tmp_path: Path) -> None:
     analysis = DataAnalyzer([], output_dir=tmp_path).run()
     assert analysis.values("seqlen").tolist() == []
@@ -139,6 +176,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         DataAnalyzer([], ["seqlem"], tmp_path)
     with pytest.raises(ValueError, match="name each metric once"):
         DataAnalyzer([], ["seqlen", "seqlen"], tmp_path)
+    with pytest.raises(ValueError, match="name each metric once"):
+        DataAnalyzer([], ["seqlen"], tmp_path, total_functions={"seqlen": _lengths})
     with pytest.raises(ValueError, match="a metric's name becomes a file's"):
         DataAnalyzer([], [], tmp_path, metric_functions={"../x": lambda tokens, offsets: offsets[1:]})
     for option in ("batch_tokens", "vocabulary_size"):
@@ -152,6 +191,23 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ([{"ids": [1]}], {}, "fields ids; name its tokens with tokens_of"),
         ([[1]], {"metric_functions": {"f": lambda tokens, offsets: offsets}}, "one number for each of 1 samples"),
         ([[1]], {"metric_functions": {"f": lambda tokens, offsets: [np.nan]}}, "gives sample 0 the value nan"),
+        ([[1]], {"total_functions": {"f": lambda tokens, offsets: ["x"]}}, "total 'f' must give an array of numbers"),
+        (
+            [[1]],
+            {"total_functions": {"f": lambda tokens, offsets: np.inf}},
+            "samples 0 to 0 a number that is not",
+        ),
+        ([], {"total_functions": {"f": lambda tokens, offsets: 1}}, "no samples, so nothing can be added up: f"),
+        (
+            [[1], [2, 3]],
+            {"total_functions": {"f": lambda tokens, offsets: tokens}, "batch_tokens": 1},
+            r"shape \(1,\) for the first samples but \(2,\) for samples 1 to 1",
+        ),
+        (
+            [[1], [2]],
+            {"total_functions": {"f": lambda tokens, offsets: 1 if 1 in tokens else 0.5}, "batch_tokens": 1},
+            "total 'f' gives whole numbers for the first samples but float64 for samples 1 to 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             DataAnalyzer(dataset, output_dir=tmp_path / "x", **options).run()

@@ -47,6 +47,24 @@ def test_the_bytes_of_a_small_analysis(tmp_path: Path) -> None:
         assert (place / f"{name}.idx").read_bytes() == peer_index(code, width, lengths, boundaries)
 
 
+def test_totals_are_metrics_that_accumulate(tmp_path: Path) -> None:
+    totals = {"counts": np.array([[3, 0], [700, 1]]), "share": np.array(0.25)}
+    analysis = store_analysis(tmp_path / "a", {"m": [1, 2]}, totals=totals)
+    with pytest.raises(ValueError, match="'share' has floats"):
+        write_deepspeed(analysis, tmp_path / "ds")
+    write_deepspeed(analysis, tmp_path / "ds", scale={"share": 1000})
+    place = tmp_path / "ds" / "counts"
+    assert (place / "counts_metric_value.bin").read_bytes() == struct.pack("<4H", 3, 0, 700, 1)
+    assert (place / "counts_metric_value.idx").read_bytes() == peer_index(6, 2, [4], [0, 1])
+    back = read_deepspeed(tmp_path / "ds", tmp_path / "b")
+    assert (back.metrics, back.totals) == (("m",), ("counts", "share"))
+    assert back.total("counts").tolist() == [3, 0, 700, 1]
+    assert back.total("share").tolist() == [250]
+    assert read_deepspeed(tmp_path / "ds", tmp_path / "c", ["m"]).totals == ()
+    with pytest.raises(ValueError, match="no metric of DeepSpeed's analyzer"):
+        read_deepspeed(tmp_path / "ds", tmp_path / "d", ["counts"])
+
+
 @given(st.lists(st.integers(-1, 400), min_size=1, max_size=400))
 @settings(max_examples=15)  # each example syncs twenty files
 def test_there_and_back(tmp_path_factory: pytest.TempPathFactory, values: list[int]) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from penstock._core.files import (
 from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.data_sampling.external_sort import sort_order
 from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
+from penstock.data_pipeline.data_sampling.measurement import Form
 from penstock.data_pipeline.data_sampling.unfinished import Unfinished, new_array, sync_array
 
 TABLE: Final = "samples.parquet"
@@ -33,7 +34,8 @@ class Analysis:
 
     The directory holds ``NAME.values.npy`` (one number per sample), ``NAME.order.npy`` (int64, the samples sorted by
     it, equal values in sample order), the values of all metrics as ``samples.parquet`` for other tools,
-    ``token_counts.npy`` where tokens were counted, and a manifest with sizes, checksums and the dataset's fingerprint.
+    ``NAME.total.npy`` for each total, ``token_counts.npy`` where tokens were counted, and a manifest with sizes,
+    checksums and the dataset's fingerprint.
 
     Attributes:
         directory: Where it lies.
@@ -42,6 +44,7 @@ class Analysis:
         num_tokens: How many tokens they have; None where that is not known.
         fingerprint: Of the dataset that was analyzed; None where that is not known.
         own_tokens: Whether the analyzer was told by a ``tokens_of`` where a sample's tokens are.
+        totals: Names of what was added up over all samples.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Analysis:
         num_tokens: int | None,
         fingerprint: str | None = None,
         own_tokens: bool = False,
+        totals: tuple[str, ...] = (),
     ) -> None:
         self.directory = directory
         self.metrics = metrics
@@ -59,6 +63,7 @@ class Analysis:
         self.num_tokens = num_tokens
         self.fingerprint = fingerprint
         self.own_tokens = own_tokens
+        self.totals = totals
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
@@ -74,21 +79,22 @@ class Analysis:
         directory = Path(path)
         manifest = read_manifest(directory, verify=verify)
         metrics, samples, tokens = manifest.get("metrics"), manifest.get("num_samples"), manifest.get("num_tokens")
-        mark = manifest.get("fingerprint")
+        mark, totals = manifest.get("fingerprint"), manifest.get("totals", [])
         if (
             manifest.get("kind") != _KIND
             or not isinstance(metrics, list)
-            or not all(isinstance(name, str) for name in metrics)
+            or not isinstance(totals, list)
+            or not all(isinstance(name, str) for name in (*metrics, *totals))
             or not isinstance(samples, int)
             or not isinstance(tokens, int | None)
             or not isinstance(mark, str | None)
         ):
             raise CorruptFileError(f"{directory}: its manifest is not that of an analysis")
-        for name in metrics:
-            for file in (_values_file(name), _order_file(name)):
-                if file not in manifest["files"]:
-                    raise CorruptFileError(f"{directory}: the manifest does not list {file}")
-        return cls(directory, tuple(metrics), samples, tokens, mark, manifest.get("own_tokens") is True)
+        for file in (*_files(metrics), *map(_total_file, totals)):
+            if file not in manifest["files"]:
+                raise CorruptFileError(f"{directory}: the manifest does not list {file}")
+        own_tokens = manifest.get("own_tokens") is True
+        return cls(directory, tuple(metrics), samples, tokens, mark, own_tokens, tuple(totals))
 
     def values(self, metric: str) -> npt.NDArray[Any]:
         """The metric of each sample, a read-only view of the file."""
@@ -107,11 +113,13 @@ class Analysis:
         path = self.directory / COUNTS
         if not path.is_file():
             raise ValueError(f"{self.directory}: tokens were not counted; analyze with the metric vocabularyrarity")
-        try:
-            counts: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise CorruptFileError(f"{path}: not a readable array ({error})") from None
-        return counts
+        return _load(path)
+
+    def total(self, name: str) -> npt.NDArray[Any]:
+        """What a function of the whole dataset added up to: int64 or float64, of the function's shape."""
+        if name not in self.totals:
+            raise ValueError(f"{self.directory}: {unknown_name('total', name, self.totals)}")
+        return _load(self.directory / _total_file(name))
 
     def check_dataset(self, dataset: Any, tokens_of: Callable[[Any], Any] | None = None) -> None:
         """Refuse a dataset that is not the analyzed one; see :func:`fingerprint` for what is compared.
@@ -141,10 +149,7 @@ class Analysis:
         if metric not in self.metrics:
             raise ValueError(f"{self.directory}: {unknown_name('metric', metric, self.metrics)}")
         path = self.directory / file
-        try:
-            found: npt.NDArray[Any] = np.load(path, mmap_mode="r" if self.num_samples else None, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise CorruptFileError(f"{path}: not a readable array ({error})") from None
+        found = _load(path, "r" if self.num_samples else None)
         if found.shape != (self.num_samples,):
             raise CorruptFileError(f"{path}: shape {found.shape}, but {self.num_samples} samples were analyzed")
         return found
@@ -177,35 +182,41 @@ def seal_analysis(
     with ThreadPoolExecutor(1) as aside:  # which writes and waits for the disk while the samples are sorted
         columns = {name: store.values(name) for name in metrics}
         written = [aside.submit(_write_table, store.directory / TABLE, columns, num_samples)]
-        if counts is not None:
-            written.append(aside.submit(_save, store.directory / COUNTS, counts))
+        arrays = {_total_file(name): store.total(name) for name in store.totals}
+        arrays |= {} if counts is None else {COUNTS: counts}
+        written += [aside.submit(_save, store.directory / file, array) for file, array in arrays.items()]
         for name, values in columns.items():
             path = store.directory / _order_file(name)
-            order = new_array(path, num_samples, np.dtype(np.int64))
+            order = new_array(path, Form(np.dtype(np.int64), (num_samples,)))
             sort_order(values, order)
             written += [aside.submit(sync_array, path, order), aside.submit(sync_array, store.file(name), values)]
     for task in written:
         task.result()
-    files = [file for name in metrics for file in (_values_file(name), _order_file(name))] + [TABLE]
-    files += [] if counts is None else [COUNTS]
+    files = sorted({*_files(metrics), TABLE, *arrays})
     (target / MANIFEST_NAME).unlink(missing_ok=True)
     for file in files:
         (store.directory / file).replace(target / file)
     sync_directory(target)
-    facts = {"kind": _KIND, "metrics": list(metrics), "num_samples": num_samples, "num_tokens": store.tokens}
+    names = {"metrics": list(metrics), "totals": list(store.totals)}
+    facts = {"kind": _KIND, **names, "num_samples": num_samples, "num_tokens": store.tokens}
     write_manifest(target, files, fingerprint=fingerprint, own_tokens=own_tokens, **facts)
     store.remove()
-    return Analysis(target, tuple(metrics), num_samples, store.tokens, fingerprint, own_tokens)
+    return Analysis(target, tuple(metrics), num_samples, store.tokens, fingerprint, own_tokens, store.totals)
 
 
 def store_analysis(
-    directory: str | os.PathLike[str], values: Mapping[str, npt.ArrayLike], *, num_tokens: int | None = None
+    directory: str | os.PathLike[str],
+    values: Mapping[str, npt.ArrayLike],
+    *,
+    totals: Mapping[str, npt.NDArray[Any]] | None = None,
+    num_tokens: int | None = None,
 ) -> Analysis:
     """Store numbers that were found elsewhere as an analysis.
 
     Args:
         directory: Where it goes.
         values: For each metric a number per sample; at least one metric.
+        totals: Sums over all samples, by name.
         num_tokens: Tokens of all samples, if known.
 
     Raises:
@@ -221,8 +232,9 @@ def store_analysis(
         columns[name] = found.astype(np.float64 if found.dtype.kind == "f" else np.int64)
     count = len(next(iter(columns.values())))
     dtypes = {name: found.dtype for name, found in columns.items()}
-    store = Unfinished(Path(directory), "", [0, count], dtypes, 1, resume=False)
-    store.store(0, 0, columns)
+    forms = {name: Form(found.dtype, found.shape) for name, found in (totals or {}).items()}
+    store = Unfinished(Path(directory), "", [0, count], dtypes, 1, totals=forms, resume=False)
+    store.store(0, 0, {**columns, **(totals or {})})
     store.tokens = num_tokens
     return seal_analysis(directory, store, tuple(columns), count, fingerprint=None)
 
@@ -249,9 +261,25 @@ def _save(path: Path, array: npt.NDArray[Any]) -> None:
         np.lib.format.write_array(file, array, allow_pickle=False)
 
 
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> npt.NDArray[Any]:
+    try:
+        found: npt.NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise CorruptFileError(f"{path}: not a readable array ({error})") from None
+    return found
+
+
+def _files(metrics: Sequence[str]) -> list[str]:
+    return [file for name in metrics for file in (_values_file(name), _order_file(name))]
+
+
 def _values_file(metric: str) -> str:
     return f"{metric}.values.npy"
 
 
 def _order_file(metric: str) -> str:
     return f"{metric}.order.npy"
+
+
+def _total_file(name: str) -> str:
+    return f"{name}.total.npy"

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,13 +14,9 @@ from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.data_sampling.analysis import Analysis, seal_analysis
 from penstock.data_pipeline.data_sampling.engines import Engine, check_engine, map_ranges
 from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
-from penstock.data_pipeline.data_sampling.metrics import (
-    MetricFunction,
-    count_tokens,
-    sequence_length,
-    vocabulary_rarity,
-)
-from penstock.data_pipeline.data_sampling.ragged import RaggedBatch, ragged_batches, shard_bounds
+from penstock.data_pipeline.data_sampling.measurement import Form, Measurement
+from penstock.data_pipeline.data_sampling.metrics import MetricFunction, sequence_length, vocabulary_rarity
+from penstock.data_pipeline.data_sampling.ragged import shard_bounds
 from penstock.data_pipeline.data_sampling.repetition import compression_ratio, repeated_ngrams, unique_ratio
 from penstock.data_pipeline.data_sampling.unfinished import Unfinished
 
@@ -37,7 +32,6 @@ DEFAULT_METRICS: Final = ("seqlen", VOCABULARY_RARITY)
 
 _SHARD_TOKENS: Final = 1 << 22
 _BATCH_TOKENS: Final = 1 << 18  # what a pass of numpy leaves in the cache for the next
-_PROBED: Final = 8
 
 Progress = Callable[[str, int, int], object]
 
@@ -61,6 +55,10 @@ class DataAnalyzer:
         metric_functions: More metrics by name: functions from ``(tokens, offsets)`` of many samples to an array of one
             number per sample, where sample ``i`` is ``tokens[offsets[i]:offsets[i + 1]]``. They are called from several
             threads, or in other processes on Ray.
+        total_functions: Figures of the whole dataset by name: functions from ``(tokens, offsets)`` of many samples to
+            an array of the same shape each time. The sum over all samples is stored (:meth:`Analysis.total`); floats
+            are added up in the order of the samples, whatever the engine. Until the end, a row for each shard lies on
+            disk.
         tokens_of: From sample to tokens, where samples are not plain sequences of tokens. By default a dictionary's
             ``input_ids``, or the first of a tuple of arrays.
         vocabulary_size: Token numbers from here on are refused.
@@ -80,6 +78,7 @@ class DataAnalyzer:
         output_dir: str | os.PathLike[str] = "analysis",
         *,
         metric_functions: Mapping[str, MetricFunction] | None = None,
+        total_functions: Mapping[str, MetricFunction] | None = None,
         tokens_of: Callable[[Any], Any] | None = None,
         vocabulary_size: int | None = None,
         batch_tokens: int = _BATCH_TOKENS,
@@ -95,13 +94,15 @@ class DataAnalyzer:
         self.dataset = dataset
         self.output_dir = Path(output_dir)
         self._user_metrics = dict(metric_functions or {})
+        self._totals = dict(total_functions or {})
         self.metrics = (*metrics, *self._user_metrics)
         for name in metrics:
             if name not in KNOWN_METRICS:
                 raise ValueError(f"{unknown_name('metric', name, KNOWN_METRICS)}; others go into metric_functions")
-        if not self.metrics or len(set(self.metrics)) != len(self.metrics):
-            raise ValueError(f"name each metric once, and at least one; got {list(self.metrics)}")
-        for name in self.metrics:
+        names = [*self.metrics, *self._totals]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"name each metric once, and at least one; got {names}")
+        for name in names:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(f"a metric's name becomes a file's: letters, digits, - and _ only; got {name!r}")
         for option, number in (
@@ -131,7 +132,7 @@ class DataAnalyzer:
 
         Raises:
             ValueError: A sample's tokens are not integers or beyond the vocabulary, or a metric function returns
-                something other than one finite number per sample.
+                something other than one finite number per sample, or a total something other than finite numbers.
         """
         mark = fingerprint(self.dataset, self._tokens_of)
         rare = VOCABULARY_RARITY in self.metrics
@@ -145,24 +146,27 @@ class DataAnalyzer:
             functions,
             self._tokens_of,
             self._batch_tokens,
+            self._totals,
             count=rare,
             vocabulary_size=self._vocabulary_size,
         )
-        dtypes = first.probe()
-        if rare:
-            dtypes[VOCABULARY_RARITY] = np.dtype(np.float64)
+        forms = first.probe()
+        rarity = {VOCABULARY_RARITY: Form(np.dtype(np.float64))} if rare else {}
+        forms |= rarity
+        dtypes = {name: forms[name].dtype for name in self.metrics}
+        totals = {name: forms[name] for name in self._totals}
         bounds = shard_bounds(self.dataset, self._shard_tokens)
-        key = _digest(mark, self.metrics, {name: dtype.str for name, dtype in dtypes.items()}, bounds, rare)
-        store = Unfinished(self.output_dir, key, bounds, dtypes, 1 + rare, resume=resume)
+        key = _digest(mark, self.metrics, [(name, form.dtype.str, form.shape) for name, form in forms.items()], bounds)
+        store = Unfinished(self.output_dir, key, bounds, dtypes, 1 + rare, totals=totals, resume=resume)
         try:
-            self._pass(0, "reading" if functions else "counting tokens", first, store)
+            self._pass(0, "reading" if functions or totals else "counting tokens", first, store)
             if rare:
                 second = Measurement(
                     self.dataset,
                     {VOCABULARY_RARITY: vocabulary_rarity(store.counts)},
                     self._tokens_of,
                     self._batch_tokens,
-                    dtypes={VOCABULARY_RARITY: np.dtype(np.float64)},
+                    forms=rarity,
                 )
                 self._pass(1, VOCABULARY_RARITY, second, store)
         except BaseException:  # Ctrl-C too: what was measured is kept, and the error goes on
@@ -197,88 +201,15 @@ class DataAnalyzer:
     def _pass(self, number: int, what: str, work: "Measurement", store: Unfinished) -> None:
         samples, done = len(self.dataset), store.done_samples(number)
         bounds = store.bounds
-        for shard, (tokens, counts, *values) in map_ranges(work, bounds, store.missing(number), self._engine):
+        names = (*work.totals, *work.functions)
+        for shard, (tokens, counts, *found) in map_ranges(work, bounds, store.missing(number), self._engine):
             if number == 0:
                 store.tokens = (store.tokens or 0) + int(tokens[0])
                 store.counts = _sum(store.counts, counts)
-            store.store(number, shard, dict(zip(work.functions, values, strict=True)))
+            store.store(number, shard, dict(zip(names, found, strict=True)))
             done += bounds[shard + 1] - bounds[shard]
             if self._progress is not None:
                 self._progress(what, done, samples)
-
-
-@dataclass
-class Measurement:
-    """What is done to every shard; given its first and one past its last sample it returns arrays.
-
-    They are the number of tokens (one int64), the count of each token number (int64, empty unless ``count``), and then
-    for each metric the values of the samples.
-
-    Attributes:
-        dataset: The samples.
-        functions: The metrics by name.
-        tokens_of: From sample to tokens.
-        batch_tokens: Tokens that a function is given at once.
-        count: Count the tokens.
-        vocabulary_size: Token numbers from here on are refused when counting.
-        dtypes: Of each metric's values, int64 or float64: found by :meth:`probe`.
-    """
-
-    dataset: Any
-    functions: dict[str, MetricFunction]
-    tokens_of: Callable[[Any], Any] | None
-    batch_tokens: int
-    count: bool = False
-    vocabulary_size: int | None = None
-    dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
-
-    def __call__(self, start: int, stop: int) -> list[npt.NDArray[Any]]:
-        """Measure samples ``start`` to ``stop``."""
-        counts = np.zeros((self.vocabulary_size or 0) if self.count else 0, dtype=np.int64)
-        values = [np.empty(stop - start, dtype=self.dtypes[name]) for name in self.functions]
-        tokens = 0
-        for batch in ragged_batches(
-            self.dataset, start, stop, batch_tokens=self.batch_tokens, tokens_of=self.tokens_of
-        ):
-            tokens += int(batch.offsets[-1])
-            if self.count:
-                counts = count_tokens(batch.tokens, counts, self.vocabulary_size)
-            for (name, function), column in zip(self.functions.items(), values, strict=True):
-                found = _checked(name, function(batch.tokens, batch.offsets), batch)
-                if found.dtype.kind == "f" and column.dtype.kind == "i":
-                    raise ValueError(
-                        f"metric {name!r} gives whole numbers for the first samples but {found.dtype} for samples "
-                        f"{batch.start} to {batch.stop - 1}; let it return one type, floats for example"
-                    )
-                column[batch.start - start : batch.stop - start] = found
-        return [np.array([tokens]), counts, *values]
-
-    def probe(self) -> dict[str, np.dtype[Any]]:
-        """Try the metrics on the first samples, to know their types and to fail early; int64 or float64 each.
-
-        Whole numbers are stored as int64 and others as float64: later samples may have larger ones than the first.
-        """
-        count = min(_PROBED, len(self.dataset))
-        self.dtypes = dict.fromkeys(self.functions, np.dtype(np.float64))
-        for batch in ragged_batches(self.dataset, 0, count, batch_tokens=self.batch_tokens, tokens_of=self.tokens_of):
-            for name, function in self.functions.items():
-                found = _checked(name, function(batch.tokens, batch.offsets), batch)
-                self.dtypes[name] = np.dtype(np.float64 if found.dtype.kind == "f" else np.int64)
-            break
-        return dict(self.dtypes)
-
-
-def _checked(name: str, values: Any, batch: RaggedBatch) -> npt.NDArray[Any]:
-    found = np.asarray(values)
-    if found.shape != (len(batch),) or found.dtype.kind not in "biuf":
-        raise ValueError(
-            f"metric {name!r} must give one number for each of {len(batch)} samples, got {found.dtype} of shape "
-            f"{found.shape}"
-        )
-    if found.dtype.kind == "f" and not np.isfinite(found).all():
-        bad = batch.start + int((~np.isfinite(found)).argmax())
-        raise ValueError(f"metric {name!r} gives sample {bad} the value {found[bad - batch.start]}")
-    return found
 
 
 def _sum(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -6,6 +6,8 @@ For each metric M a directory ``M/`` with indexed datasets in DeepSpeed's dtype 
 - ``M_index_to_metric``: a row of one number per distinct value, rising;
 - ``M_index_to_sample``: beside it, the samples of that value;
 - ``M_index_to_sample_percentile_merged``: the same samples in about a hundred rows.
+
+Of a metric that accumulates over samples, here a total, it is a single file of one row, ``M_metric_value``.
 """
 
 import os
@@ -25,6 +27,7 @@ _SAMPLE_TO_METRIC: Final = "sample_to_metric"
 _INDEX_TO_METRIC: Final = "index_to_metric"
 _INDEX_TO_SAMPLE: Final = "index_to_sample"
 _MERGED: Final = "index_to_sample_percentile_merged"
+_METRIC_VALUE: Final = "metric_value"
 _PERCENTILES: Final = 100
 _UNSIGNED: Final = (np.uint8, np.uint16, np.uint32, np.uint64)
 _SIGNED: Final = (np.int8, np.int16, np.int32, np.int64)
@@ -37,12 +40,12 @@ def write_deepspeed(
     *,
     scale: Mapping[str, float] | None = None,
 ) -> None:
-    """Write metrics of an analysis as DeepSpeed's analyzer would, for its sampler.
+    """Write metrics and totals of an analysis as DeepSpeed's analyzer would, for its sampler.
 
     Args:
         analysis: What to write.
         directory: Holds a directory for each metric afterwards; DeepSpeed's ``save_path``.
-        metrics: Which; all unless given.
+        metrics: Which metrics and totals; all unless given. Totals become rows of numbers, whatever their shape.
         scale: For metrics of floats, which DeepSpeed cannot hold: what to multiply by before rounding. The
             difficulties of a DeepSpeed configuration are then in that unit too.
 
@@ -52,9 +55,14 @@ def write_deepspeed(
     if not analysis.num_samples:
         raise ValueError(f"{analysis.directory}: no samples were analyzed, and DeepSpeed's files cannot be empty")
     scales = dict(scale or {})
-    chosen = analysis.metrics if metrics is None else tuple(metrics)
-    wanted = {name: _whole_numbers(name, analysis.values(name), scales.get(name)) for name in chosen}
-    for name, values in wanted.items():
+    chosen = (*analysis.metrics, *analysis.totals) if metrics is None else tuple(metrics)
+    totals = {name: analysis.total(name).reshape(-1) for name in chosen if name in analysis.totals}
+    wanted = totals | {name: analysis.values(name) for name in chosen if name not in totals}
+    whole = {name: _whole_numbers(name, values, scales.get(name)) for name, values in wanted.items()}
+    for name, values in whole.items():
+        if name in totals:
+            _write_total(Path(directory) / name, name, values)
+            continue
         # Scaling keeps the order but may make neighbours equal, and equal values are listed in sample order.
         order = np.argsort(values, kind="stable") if name in scales else analysis.order(name)
         _write_metric(Path(directory) / name, name, values, order)
@@ -72,22 +80,25 @@ def read_deepspeed(
     Args:
         directory: DeepSpeed's ``save_path``.
         output_dir: Where the analysis goes.
-        metrics: Which; every directory that has the files unless given.
+        metrics: Which metrics and totals; every directory that has the files unless given.
 
     Raises:
         CorruptFileError: A file is missing or damaged, or a sample stands in it twice or never.
         ValueError: There is no metric.
     """
     place = Path(directory)
-    names = _found(place) if metrics is None else list(metrics)
-    if not names:
+    found = [*_found(place, _INDEX_TO_SAMPLE), *_found(place, _METRIC_VALUE)]
+    names = found if metrics is None else list(metrics)
+    accumulated = [name for name in names if (place / name / f"{name}_{_METRIC_VALUE}.idx").is_file()]
+    values = {name: _read_metric(place / name, name) for name in names if name not in accumulated}
+    if not values:
         raise ValueError(f"{place}: no metric of DeepSpeed's analyzer there (NAME/NAME_{_INDEX_TO_SAMPLE}.idx)")
-    values = {name: _read_metric(place / name, name) for name in names}
     counts = {name: len(found) for name, found in values.items()}
     if len(set(counts.values())) != 1:
         raise CorruptFileError(f"{place}: the metrics are of different numbers of samples: {counts}")
     tokens = int(values["seqlen"].sum()) if "seqlen" in values else None
-    return store_analysis(output_dir, values, num_tokens=tokens)
+    totals = {name: _read_total(place / name, name) for name in accumulated}
+    return store_analysis(output_dir, values, totals=totals, num_tokens=tokens)
 
 
 def _whole_numbers(name: str, values: npt.NDArray[Any], scale: float | None) -> npt.NDArray[Any]:
@@ -118,6 +129,11 @@ def _write_metric(place: Path, name: str, values: npt.NDArray[Any], order: npt.N
     )
 
 
+def _write_total(place: Path, name: str, values: npt.NDArray[Any]) -> None:
+    dtype = _smallest(int(values.min()), int(values.max())) if values.size else np.dtype(np.int64)
+    _write(place / f"{name}_{_METRIC_VALUE}", values, dtype, np.array([values.size]), ends=1)
+
+
 def _write(
     prefix: Path, numbers: npt.NDArray[Any], dtype: np.dtype[Any], lengths: npt.NDArray[np.int64], *, ends: int
 ) -> None:
@@ -133,9 +149,16 @@ def _smallest(low: int, high: int) -> np.dtype[Any]:
     return next(np.dtype(kind) for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
 
 
-def _found(place: Path) -> list[str]:
-    paths = place.glob(f"*/*_{_INDEX_TO_SAMPLE}.idx")
-    return sorted(path.parent.name for path in paths if path.name == f"{path.parent.name}_{_INDEX_TO_SAMPLE}.idx")
+def _found(place: Path, kind: str) -> list[str]:
+    paths = place.glob(f"*/*_{kind}.idx")
+    return sorted(path.parent.name for path in paths if path.name == f"{path.parent.name}_{kind}.idx")
+
+
+def _read_total(place: Path, name: str) -> npt.NDArray[np.int64]:
+    rows = IndexedDataset(place / f"{name}_{_METRIC_VALUE}", dtype_codes="deepspeed")
+    if len(rows) != 1:
+        raise CorruptFileError(f"{place}: a metric that accumulates is one row, not {len(rows)}")
+    return rows[0].astype(np.int64)
 
 
 def _read_metric(place: Path, name: str) -> npt.NDArray[Any]:

@@ -25,11 +25,12 @@ def draw_distributions(analysis: Analysis, path: str | os.PathLike[str]) -> None
         path: Where to; ``.png``, ``.svg`` or ``.pdf``.
 
     Raises:
-        ValueError: The suffix is another, matplotlib is not installed, or there are no samples.
+        ValueError: The suffix is another, matplotlib is not installed, or there are no samples or metrics.
     """
     file = check_picture(path)
-    if not analysis.num_samples:
-        raise ValueError(f"{analysis.directory}: no samples were analyzed, so there is nothing to draw")
+    if not analysis.num_samples or not analysis.metrics:
+        what = "metric of a sample was" if analysis.num_samples else "samples were"
+        raise ValueError(f"{analysis.directory}: no {what} analyzed, so there is nothing to draw")
     from matplotlib.figure import Figure
 
     columns = min(3, len(analysis.metrics))

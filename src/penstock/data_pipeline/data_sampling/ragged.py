@@ -39,6 +39,11 @@ class RaggedBatch:
         """One past the number of the last sample."""
         return self.start + len(self)
 
+    @property
+    def name(self) -> str:
+        """Which samples these are, for messages."""
+        return f"samples {self.start} to {self.stop - 1}"
+
 
 def ragged_batches(
     dataset: Any,

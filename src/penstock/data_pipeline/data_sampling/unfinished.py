@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,18 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock._core.files import CorruptFileError, atomic_file, read_json, write_json
+from penstock.data_pipeline.data_sampling.measurement import Form
 
 DIRECTORY: Final = "unfinished"
 _STATE: Final = "state.json"
-_COUNTS: Final = "counts.npy"
+_COUNTS: Final = ("counts.0.npy", "counts.1.npy")
 _SAVE_EVERY_S: Final = 5.0
 
 
 class Unfinished:
     """Values of samples as shards of them come in, and which shards those are.
 
-    The values lie in memory-mapped files of their final form. Every few seconds they are synced, and then the numbers
-    of the shards that they hold are written: what is listed is there, whenever the process ends.
+    The values lie in memory-mapped files of their final form, and beside them for each total a row per shard. Every few
+    seconds they are synced, and then the numbers of the shards that they hold are written: what is listed is there,
+    whenever the process ends.
 
     Args:
         output: The analysis's directory; the files lie in ``unfinished`` below it.
@@ -30,24 +33,39 @@ class Unfinished:
         bounds: Where the shards begin, and the end of the last.
         dtypes: Of each metric's values.
         passes: How often the shards are gone through.
+        totals: What is added up over all samples, by name.
         resume: Take up what is there; else begin anew.
 
     Attributes:
         directory: Where the files lie.
         bounds: Where the shards begin, and the end of the last.
+        totals: Names of what is added up.
         tokens: How many tokens the stored shards of the first pass have; None where that is not known.
         counts: How often each token number occurs in them, int64; empty where nothing is counted.
     """
 
     def __init__(
-        self, output: Path, key: str, bounds: list[int], dtypes: dict[str, np.dtype[Any]], passes: int, *, resume: bool
+        self,
+        output: Path,
+        key: str,
+        bounds: list[int],
+        dtypes: Mapping[str, np.dtype[Any]],
+        passes: int,
+        *,
+        totals: Mapping[str, Form] | None = None,
+        resume: bool,
     ) -> None:
         self.directory = output / DIRECTORY
         self.bounds = bounds
-        self._key, self._dtypes = key, dtypes
+        self.totals = tuple(totals or ())
+        self._key = key
+        self._forms = {name: Form(dtype, (bounds[-1],)) for name, dtype in dtypes.items()}
+        for name, form in (totals or {}).items():
+            self._forms[name] = Form(form.dtype, (len(bounds) - 1, *form.shape))
         self._done = np.zeros((passes, len(bounds) - 1), dtype=bool)
         self.tokens: int | None = 0
         self.counts: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._counts_file = _COUNTS[0]
         self._values: dict[str, npt.NDArray[Any]] = {}
         if not (resume and self._take_up()):
             self._begin()
@@ -63,9 +81,9 @@ class Unfinished:
 
     def store(self, number: int, shard: int, values: dict[str, npt.NDArray[Any]]) -> None:
         """Keep what pass ``number`` found of one shard; synced with the next :meth:`save`, seconds later."""
-        start, stop = self.bounds[shard], self.bounds[shard + 1]
+        place = slice(self.bounds[shard], self.bounds[shard + 1])
         for name, found in values.items():
-            self._values[name][start:stop] = found
+            self._values[name][shard if name in self.totals else place] = found
         self._done[number, shard] = True
         if time.monotonic() - self._saved_at > _SAVE_EVERY_S:
             self.save()
@@ -75,19 +93,30 @@ class Unfinished:
         for values in self._values.values():
             if isinstance(values, np.memmap):
                 values.flush()
-        with atomic_file(self.directory / _COUNTS) as file:
+        # Not over the counts that the last state names: they hold its shards and no others, should this end here.
+        self._counts_file = _COUNTS[self._counts_file == _COUNTS[0]]
+        with atomic_file(self.directory / self._counts_file) as file:
             np.lib.format.write_array(file, self.counts, allow_pickle=False)
         done = [_intervals(row) for row in self._done]
-        write_json(self.directory / _STATE, {"key": self._key, "done": done, "tokens": self.tokens})
+        facts = {"key": self._key, "done": done, "tokens": self.tokens, "counts": self._counts_file}
+        write_json(self.directory / _STATE, facts)
         self._saved_at = time.monotonic()
 
     def values(self, metric: str) -> npt.NDArray[Any]:
         """A metric's values, as far as they are there."""
         return self._values[metric]
 
-    def file(self, metric: str) -> Path:
-        """Where a metric's values lie."""
-        return self.directory / f"{metric}.values.npy"
+    def total(self, name: str) -> npt.NDArray[Any]:
+        """What has been added up: the shards' rows in their order, so that floats have the same sum every time."""
+        rows = self._values[name]
+        total = np.zeros(rows.shape[1:], dtype=rows.dtype)
+        for row in rows:
+            total += row
+        return total
+
+    def file(self, name: str) -> Path:
+        """Where a metric's values lie, or a total's rows."""
+        return self.directory / f"{name}.{'shards' if name in self.totals else 'values'}.npy"
 
     def leave(self) -> None:
         """Keep what is there for another run; nothing if there is nothing."""
@@ -107,8 +136,8 @@ class Unfinished:
         if self.directory.exists():
             shutil.rmtree(self.directory)
         self.directory.mkdir(parents=True)
-        for name, dtype in self._dtypes.items():
-            self._values[name] = new_array(self.file(name), self.bounds[-1], dtype)
+        for name, form in self._forms.items():
+            self._values[name] = new_array(self.file(name), form)
 
     def _take_up(self) -> bool:
         """Open what an earlier run left; False if it left nothing that fits."""
@@ -120,10 +149,11 @@ class Unfinished:
                 for start, stop in intervals:
                     row[start:stop] = True
             self.tokens = int(state["tokens"])
-            self.counts = np.load(self.directory / _COUNTS, allow_pickle=False)
-            for name, dtype in self._dtypes.items():
-                values = np.load(self.file(name), mmap_mode="r+" if self.bounds[-1] else None, allow_pickle=False)
-                if values.shape != (self.bounds[-1],) or values.dtype != dtype:
+            self._counts_file = _COUNTS[_COUNTS.index(state["counts"])]
+            self.counts = np.load(self.directory / self._counts_file, allow_pickle=False)
+            for name, form in self._forms.items():
+                values = np.load(self.file(name), mmap_mode="r+" if 0 not in form.shape else None, allow_pickle=False)
+                if Form(values.dtype, values.shape) != form:
                     raise ValueError(f"{self.file(name)}: of another shape or dtype")
                 self._values[name] = values
         except (CorruptFileError, OSError, ValueError, KeyError, TypeError):
@@ -134,12 +164,13 @@ class Unfinished:
         return True
 
 
-def new_array(path: Path, length: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def new_array(path: Path, form: Form) -> npt.NDArray[Any]:
     """A new ``.npy`` file of zeros, mapped for writing; in memory alone where there is nothing to map."""
-    if length:
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
-    np.save(path, np.zeros(0, dtype=dtype), allow_pickle=False)
-    return np.zeros(0, dtype=dtype)
+    if 0 not in form.shape:
+        return np.lib.format.open_memmap(path, mode="w+", dtype=form.dtype, shape=form.shape)
+    empty = np.zeros(form.shape, dtype=form.dtype)
+    np.save(path, empty, allow_pickle=False)
+    return empty
 
 
 def sync_array(path: Path, array: npt.NDArray[Any]) -> None:
