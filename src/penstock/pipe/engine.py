@@ -28,10 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock._core.batch_key import BatchKey
 from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange
-from penstock._core.sequence_slice import SequenceSlice
 from penstock._core.waiting import Watcher
 from penstock.pipe.agreement import agree
 from penstock.pipe.broadcast import broadcast_value
@@ -39,21 +37,20 @@ from penstock.pipe.codec import Codec
 from penstock.pipe.facts import check_fit, engine_facts
 from penstock.pipe.frame import Address
 from penstock.pipe.groups import PipeGroups
-from penstock.pipe.loss import LossFn, loss_of, no_loss
+from penstock.pipe.loss import LossFn
 from penstock.pipe.mean import PendingMean
 from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.modes import evaluating, random_state_kept
+from penstock.pipe.passes import Passes
 from penstock.pipe.program import Program, Steps
-from penstock.pipe.receiver import Received
 from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule, head_start
 from penstock.pipe.schedule.validate import validate
 from penstock.pipe.slices import check_slices, cut_batches
-from penstock.pipe.split_backward import SplitBackward
-from penstock.pipe.stage import Cut, Stage
-from penstock.pipe.step import InFlight, StepResult, StepState
+from penstock.pipe.stage import Stage
+from penstock.pipe.step import StepResult, StepState
 from penstock.pipe.tied import TiedGradients
 from penstock.pipe.transport import Transport
-from penstock.pipe.value import flatten, to_device, unflatten
-from penstock.pipe.weight_work import WeightWork, with_gradients
+from penstock.pipe.weight_work import WeightWork
 
 
 class PipelineEngine:
@@ -76,6 +73,7 @@ class PipelineEngine:
         codecs: By direction (``"F"``, ``"B"``), what encodes values for other ranks; None sends them as they are.
 
     Attributes:
+        passes: Computes on the stages.
         recorded: A list to which start and end of every computed action are added, by ``time.perf_counter()``; None
             records nothing.
 
@@ -109,16 +107,15 @@ class PipelineEngine:
         # A stage runs at most this far ahead of its neighbour under 1F1B; with more room GPipe only fills memory.
         window = max(4, schedule.num_stages + 1)
         validate(schedule, capacity=window)
-        self.stages = {stage.index: stage for stage in local}
+        self.device = torch.device(device)
+        self.passes = Passes(local, loss_fn=loss_fn, seed=seed, device=self.device)
+        self.stages = self.passes.stages
         self.schedule = schedule
         self.micro_batches = micro_batches
         self.groups = groups
         self.exchange = exchange
-        self.loss_fn = loss_fn
         self.watcher = watcher or Watcher(rank=groups.rank)
         self.meter = meter or Meter()
-        self.seed = seed
-        self.device = torch.device(device)
         self._program = Program.of(schedule, groups.pipe_rank)
         self._head, self._rest = self._program.divided(head_start(schedule))
         self._forward_programs: dict[int, Program] = {}
@@ -137,15 +134,18 @@ class PipelineEngine:
             stage.index: [p for _, p in stage.canonical_parameters() if p.requires_grad and id(p) not in tied]
             for stage in local
         }
-        self._splits = {stage.index: SplitBackward() for stage in local}
         self.recorded: list[tuple[float, float]] | None = None
-        self._one: Tensor | None = None
         self._agreed = groups.store is None
+
+    @property
+    def loss_fn(self) -> LossFn | None:
+        """What computes the loss from output and targets; None where the model does."""
+        return self.passes.loss_fn
 
     @property
     def whole_reasons(self) -> dict[int, tuple[str, ...]]:
         """For each local stage, why some of its weight gradients cannot wait, as far as split passes have shown."""
-        return {index: tuple(split.reasons) for index, split in self._splits.items()}
+        return {index: tuple(split.reasons) for index, split in self.passes.splits.items()}
 
     def train_step(
         self,
@@ -178,7 +178,7 @@ class PipelineEngine:
         start = time.perf_counter()
         before = dict(self.meter.seconds)
         state = StepState(batches, step, backward=True, targets_used=True, loss_scale=loss_scale)
-        with self._failures_reported(state), self._random_state_kept():
+        with self._failures_reported(state), random_state_kept(self.device):
             self._prepare(len(batches), self.micro_batches)
             slices = self.schedule.slices
             if slices > 1:
@@ -216,7 +216,7 @@ class PipelineEngine:
             step: For the layers' keys.
         """
         state = StepState(batches, step, backward=False, targets_used=True)
-        with self._failures_reported(state), self._evaluating():
+        with self._failures_reported(state), evaluating(self.stages.values()):
             self._prepare(len(batches))
             mean = self._run_with_mean(self._forward_program(len(batches)), state)
             self._transport.drain()
@@ -241,7 +241,7 @@ class PipelineEngine:
         if wrong:
             raise ValueError(f"ranks={wrong} are no pipeline ranks: there are {known}, counted from 0")
         state = StepState(batches, step, backward=False, targets_used=False)
-        with self._failures_reported(state), self._evaluating():
+        with self._failures_reported(state), evaluating(self.stages.values()):
             self._prepare(len(batches))
             program = self._forward_program(len(batches))
             self._transport.begin(program.messages)
@@ -270,7 +270,7 @@ class PipelineEngine:
         if not self._agreed:
             assert self.groups.store is not None
             facts = engine_facts(
-                list(self.stages.values()), self.schedule, self.micro_batches, self.seed, codecs=self._codecs
+                list(self.stages.values()), self.schedule, self.micro_batches, self.passes.seed, codecs=self._codecs
             )
             agree(
                 "the pipeline",
@@ -319,19 +319,18 @@ class PipelineEngine:
                 self._communicate(action, channel, state)
                 if op == "SEND_F" and (stage, micro_batch) in program.split:
                     # Here the next stage has what it waits for, and this rank often has to wait itself.
-                    passed = state.in_flight[stage, micro_batch]
-                    passed.division = self._splits[stage].divide(passed.outputs, passed.leaves, passed.cut)
+                    self.passes.divide(stage, micro_batch, state)
                 continue
             start = time.perf_counter()
             last = action == program.last_backward.get(stage)
             if op == "F":
-                self._forward(self.stages[stage], micro_batch, state, split=(stage, micro_batch) in program.split)
+                self.passes.forward(stage, micro_batch, state, split=(stage, micro_batch) in program.split)
             elif op == "B":
                 if last:
                     self.exchange.arm(self._untied[stage])
-                self._backward(self.stages[stage], micro_batch, state)
+                self.passes.backward(stage, micro_batch, state)
             elif op == "I":
-                self._backward_inputs(self.stages[stage], micro_batch, state)
+                self.passes.backward_inputs(stage, micro_batch, state)
             elif last:
                 self._finish_weights(self._untied[stage], state.weight_work.pop((stage, micro_batch)))
             else:
@@ -355,79 +354,6 @@ class PipelineEngine:
         address = Address(direction, stage + 1 if direction == "F" else stage - 1, state.number, index)
         self._transport.send(channel, address, value.structure, value.tensors, value.positions)
 
-    def _forward(self, stage: Stage, micro_batch: int, state: StepState, *, split: bool) -> None:
-        batch = state.batches[micro_batch]
-        leaves: list[Tensor] = []
-        positions = batch.positions
-        if stage.is_first:
-            value = batch.inputs if self.device.type == "cpu" else to_device(batch.inputs, self.device)
-        else:
-            arrived = state.mailbox.pop(("F", stage.index, micro_batch))
-            positions = arrived.positions or positions
-            if state.backward:
-                wanted = zip(arrived.tensors, arrived.requires_grad, strict=True)
-                leaves = [tensor.requires_grad_() for tensor, wants in wanted if wants]
-            value = unflatten(arrived.structure, arrived.tensors)
-            del arrived
-        cuts: list[Cut] | None = [] if split and not leaves and state.backward else None
-        piece = None if state.slices == 1 else self._slice(stage.index, micro_batch, state)
-        output = stage(value, BatchKey(self.seed, state.number, batch.index, positions, piece), cuts)
-        if stage.is_last:
-            outputs = self._finish_forward(stage, micro_batch, output, state)
-        else:
-            structure, tensors = flatten(output, what=f"the output of stage {stage.index}")
-            self._pass_on("F", stage.index, micro_batch, Received(structure, tensors, (), positions), state)
-            outputs = [tensor for tensor in tensors if tensor.requires_grad]
-        if state.backward:
-            state.in_flight[stage.index, micro_batch] = InFlight(
-                leaves, outputs, cuts[0] if cuts else None, exports=() if piece is None else piece.exports
-            )
-
-    def _slice(self, stage: int, unit: int, state: StepState) -> SequenceSlice:
-        micro_batch, number = divmod(unit, state.slices)
-        kept = state.sequences.setdefault((stage, micro_batch), [])
-        if number == state.slices - 1:
-            del state.sequences[stage, micro_batch]  # nobody comes after it
-        return SequenceSlice(number, kept)
-
-    def _finish_forward(self, stage: Stage, micro_batch: int, output: Any, state: StepState) -> list[Tensor]:
-        """The end of the model: the loss, or the output kept for a prediction."""
-        if not state.targets_used:
-            state.outputs[micro_batch] = output
-            return []
-        batch = state.batches[micro_batch]
-        targets = batch.targets if self.device.type == "cpu" else to_device(batch.targets, self.device)
-        if batch.weight == 0.0:
-            loss = no_loss(output, stage=stage.index)
-        else:
-            with stage.autocast():
-                loss = loss_of(output, targets, self.loss_fn, stage=stage.index)
-            if batch.weight != 1.0:
-                loss = loss * batch.weight
-        if state.backward and not loss.requires_grad:
-            raise ValueError(
-                f"stage {stage.index}: the loss depends on no parameter that requires a gradient; "
-                "was it detached, or is every parameter frozen?"
-            )
-        state.losses.append(loss.detach())
-        return [loss * state.loss_scale if state.backward and state.loss_scale != 1.0 else loss]
-
-    def _backward(self, stage: Stage, micro_batch: int, state: StepState) -> None:
-        passed = state.in_flight.pop((stage.index, micro_batch))
-        outputs, gradients = self._gradients(stage, micro_batch, passed, state)
-        if outputs:
-            torch.autograd.backward(outputs, gradients)
-        self._pass_back(stage, micro_batch, [leaf.grad for leaf in passed.leaves], state)
-
-    def _backward_inputs(self, stage: Stage, micro_batch: int, state: StepState) -> None:
-        passed = state.in_flight.pop((stage.index, micro_batch))
-        outputs, gradients = self._gradients(stage, micro_batch, passed, state)
-        found, work = self._splits[stage.index].input_half(
-            outputs, gradients, passed.leaves, passed.cut, passed.division
-        )
-        state.weight_work[stage.index, micro_batch] = work
-        self._pass_back(stage, micro_batch, found, state)
-
     def _finish_weights(self, parameters: list[nn.Parameter], work: WeightWork) -> None:
         """Run the last weight work of a stage, telling the exchange which gradients it makes final as it goes."""
         left = {id(parameter): parameter for parameter in parameters}
@@ -437,42 +363,6 @@ class PipelineEngine:
 
         work.run(arm)
         self.exchange.ready(left.values())
-
-    def _gradients(
-        self, stage: Stage, micro_batch: int, passed: InFlight, state: StepState
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """What a backward pass starts from: outputs and their gradients."""
-        outputs, gradients = passed.outputs, self._arrived(stage, micro_batch, passed, state)
-        if passed.exports:  # later slices have run backward: what they ask of this one is there
-            outputs = [*outputs, *(tensor for tensor, _ in passed.exports)]
-            gradients = [*gradients, *(leaf.grad for _, leaf in passed.exports)]
-        return with_gradients(outputs, gradients)
-
-    def _arrived(self, stage: Stage, micro_batch: int, passed: InFlight, state: StepState) -> Sequence[Tensor | None]:
-        """The gradients of a stage's outputs."""
-        if not stage.is_last:
-            arrived = state.mailbox.pop(("B", stage.index, micro_batch))
-            gradients: list[Tensor | None] = unflatten(arrived.structure, arrived.tensors)
-            return gradients
-        loss = passed.outputs[0]
-        if self._one is None or self._one.dtype != loss.dtype or self._one.device != loss.device:
-            self._one = torch.ones_like(loss)
-        return [self._one]
-
-    def _pass_back(self, stage: Stage, micro_batch: int, gradients: Sequence[Tensor | None], state: StepState) -> None:
-        if not stage.is_first:
-            structure, tensors = flatten(list(gradients))
-            self._pass_on("B", stage.index, micro_batch, Received(structure, tensors, (), ()), state)
-
-    def _pass_on(self, direction: str, stage: int, micro_batch: int, value: Received, state: StepState) -> None:
-        """Put a value where the neighbouring stage, here or on another rank, will take it from."""
-        to = stage + 1 if direction == "F" else stage - 1
-        if to not in self.stages:
-            state.outbox[direction, stage, micro_batch] = value
-            return
-        wants = tuple(tensor.requires_grad for tensor in value.tensors)
-        tensors = [tensor.detach() for tensor in value.tensors]
-        state.mailbox[direction, to, micro_batch] = Received(value.structure, tensors, wants, value.positions)
 
     def _mean_of(self, state: StepState, tally: Sequence[float] = ()) -> PendingMean:
         return PendingMean(
@@ -498,33 +388,3 @@ class PipelineEngine:
             error.add_note(f"(penstock: {where})")
             self.watcher.report(error)
             raise
-
-    @contextmanager
-    def _random_state_kept(self) -> Iterator[None]:
-        """Give back torch's random states: layers are seeded, and each rank has other layers.
-
-        A user's shuffling draws from the same generators; it has to go on alike where the inputs and where the targets
-        of a batch are read.
-        """
-        on_gpu = self.device.type == "cuda"
-        state = torch.get_rng_state()
-        gpu_state = torch.cuda.get_rng_state(self.device) if on_gpu else None
-        try:
-            yield
-        finally:
-            torch.set_rng_state(state)
-            if gpu_state is not None:
-                torch.cuda.set_rng_state(gpu_state, self.device)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; each module gets back the mode that it had."""
-        modes = [(module, module.training) for stage in self.stages.values() for module in stage.modules()]
-        for stage in self.stages.values():
-            stage.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
