@@ -6,6 +6,8 @@ from penstock.models.bert_modules import BERTBlock
 from penstock.models.flops import bert_layer_flops, gpt_flops, gpt_head_flops, gpt_layer_flops
 from penstock.models.gpt import GPT, GPTConfig, gpt_block_indices, gpt_layers, gpt_loss, gpt_model
 from penstock.models.gpt_modules import FinalNorm, GPTBlock, LearnedPositions, OutputHead, TokenEmbedding
+from penstock.models.hf_layers import hf_layers
+from penstock.models.hf_weights import hf_names, load_hf_weights
 
 __all__ = [
     "BERT",
@@ -30,5 +32,8 @@ __all__ = [
     "gpt_layers",
     "gpt_loss",
     "gpt_model",
+    "hf_layers",
+    "hf_names",
+    "load_hf_weights",
     "mask_tokens",
 ]

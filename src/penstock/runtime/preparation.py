@@ -25,6 +25,7 @@ from penstock.pipe.tensor_parallel.plan import check_plans
 from penstock.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
 from penstock.runtime.compiling import check_compiling
 from penstock.runtime.config import TrainConfig, check_world, load_config
+from penstock.runtime.config_checks import check_tensor_parallel
 from penstock.runtime.dropping import Dropping
 from penstock.runtime.feed import Feed
 from penstock.runtime.lr_schedule import LRSchedule, lr_schedule
@@ -215,7 +216,7 @@ def _divided(model: Any, config: TrainConfig) -> TrainConfig:
         )
     section = config.tensor_parallel.model_copy(update={"size": size})
     config = config.model_copy(update={"tensor_parallel": section})
-    config.check_tensor_parallel()
+    check_tensor_parallel(config)
     return config
 
 
