@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import random
 import socket
 from collections.abc import Iterator
@@ -139,6 +140,17 @@ def test_connections_that_nobody_holds_are_closed() -> None:
     gc.collect()
     with pytest.raises(ConnectionLostError, match="closed by peer rank 0"):
         incoming.receive(Buffer)
+    b.close()
+
+
+def test_a_forked_child_leaves_its_parents_connections_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = two()
+    outgoing, incoming = a.outgoing(1, "F"), b.incoming(0, "F")
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: -1)
+        a.close()
+    outgoing.send(frame(b"still here"))
+    assert incoming.receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 10] == b"still here"
     b.close()
 
 

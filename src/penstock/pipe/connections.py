@@ -5,6 +5,7 @@ one system call a side; a collective library's send and receive negotiate, and h
 """
 
 import json
+import os
 import secrets
 import socket
 import struct
@@ -126,6 +127,7 @@ class _Open:
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
         self.ends: list[Outgoing | Incoming] = []
+        self._owner = os.getpid()
         self._callers: dict[tuple[int, str], socket.socket] = {}
         self._changed = Condition()
 
@@ -143,7 +145,9 @@ class _Open:
             return self._callers.pop(key)
 
     def close(self) -> None:
-        """Close everything."""
+        """Close everything, unless this is a forked child: it would close the connections of its parent."""
+        if os.getpid() != self._owner:
+            return
         shut(self.listener)
         for end in self.ends:
             end.close()
