@@ -2,8 +2,10 @@
 
 By torch's indexing, an output that mixes the tokens of two tensors takes two passes: all of the one, then the other's
 tokens over it. Here a table says for every token of the output at which *address* it lies, whichever tensor that is in,
-and one ``index_select`` over the stretch of memory that spans the tensors copies them. Only the addresses in the table
-are read, and those lie inside the tensors, whatever their strides.
+and they are copied from there: past the caches where that pays and Numba is installed
+(:mod:`penstock.data_pipeline.random_ltd.kernels.cpu_streaming`), else by one ``index_select`` over the stretch of
+memory that spans the tensors. Only the addresses in the table are read, and those lie inside the tensors, whatever
+their strides.
 
 Below :data:`LARGE` bytes the table costs more than the second pass, and torch's indexing is used. So it is for adding:
 two passes there, but no more memory.
@@ -13,8 +15,10 @@ request, so large outputs are NumPy's memory.
 """
 
 import ctypes
+import importlib.util
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -24,6 +28,10 @@ from torch import Tensor
 from penstock.data_pipeline.random_ltd.kernels.shapes import with_length
 
 LARGE: Final = 1 << 22
+STREAMED: Final = 1 << 24
+"""Bytes from which an output is written past the caches: smaller ones are still there when they are read next."""
+_LONG: Final = 1024
+"""Bytes of a token from which that pays."""
 _MOST_VALUES: Final = 1 << 62  # torch counts a tensor's values in 64 bits, those of overlapping rows many times
 _ALIGNMENT: Final = 64
 _WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -34,9 +42,8 @@ def gather(x: Tensor, indices_BK: Tensor, batch_first: bool) -> Tensor:
     out = _fresh(with_length(x.shape, indices_BK.shape[1], batch_first), x.dtype)
     if out.numel():
         tokens = _words(x)
-        at_BK = _places(tokens, 0, batch_first).gather(1, indices_BK.long())
-        every_token = tokens.as_strided((_extent(tokens) - tokens.shape[2] + 1, tokens.shape[2]), (1, 1))
-        _select(every_token, at_BK, out, batch_first)
+        at_BK = _places(tokens, batch_first).gather(1, indices_BK.long())
+        _copy((tokens,), at_BK, out, batch_first)
     return out
 
 
@@ -52,14 +59,12 @@ def combine(
         return _in_two_passes(x, y, indices_BK, out, batch_first, add)
     zero = like.new_zeros(1, 1, *shape[2:])  # stands for each token of a missing tensor
     passing, others = _words(zero if x is None else x), _words(zero if y is None else y)
-    begin = min(_address(passing), _address(others))
-    end = max(_address(passing) + _extent(passing), _address(others) + _extent(others))
+    begin, end = _span(passing, others)
     if (end - begin) * passing.shape[2] >= _MOST_VALUES:
         return _in_two_passes(x, y, indices_BK, out, batch_first, add)
-    at_BS = _places(passing, _address(passing), batch_first).expand(indices_BK.shape[0], length).contiguous()
-    others_BK = _places(others, _address(others), batch_first).expand(indices_BK.shape)
-    at_BS.scatter_(1, indices_BK.long(), others_BK)
-    _select(_every_token(begin, end, passing), at_BS - begin, out, batch_first)
+    at_BS = _places(passing, batch_first).expand(indices_BK.shape[0], length).contiguous()
+    at_BS.scatter_(1, indices_BK.long(), _places(others, batch_first).expand(indices_BK.shape))
+    _copy((passing, others), at_BS, out, batch_first)
     return out
 
 
@@ -95,9 +100,9 @@ def _words(x: Tensor) -> Tensor:
     return words.clone() if words.data_ptr() % words.element_size() else words
 
 
-def _places(tokens: Tensor, first: int, batch_first: bool) -> Tensor:
-    """Where each token begins, counted in words, the first one at ``first``; int64 ``[B, S]``."""
-    at = (torch.arange(tokens.shape[0]) * tokens.stride(0) + first).unsqueeze(1)
+def _places(tokens: Tensor, batch_first: bool) -> Tensor:
+    """At which address each token begins, counted in words; int64 ``[B, S]``."""
+    at = (torch.arange(tokens.shape[0]) * tokens.stride(0) + _address(tokens)).unsqueeze(1)
     at = at + torch.arange(tokens.shape[1]) * tokens.stride(1)
     return at if batch_first else at.t()
 
@@ -106,16 +111,31 @@ def _address(tokens: Tensor) -> int:
     return tokens.data_ptr() // tokens.element_size()
 
 
-def _every_token(begin: int, end: int, like: Tensor) -> Tensor:
-    """What a token would be that began at any word of this stretch of memory; overlapping rows, read only at places."""
-    word, width = like.element_size(), like.shape[2]
-    memory = (ctypes.c_char * ((end - begin) * word)).from_address(begin * word)
-    return torch.frombuffer(memory, dtype=like.dtype).as_strided((end - begin - width + 1, width), (1, 1))
+def _span(*tensors: Tensor) -> tuple[int, int]:
+    """The words between which all tensors lie."""
+    some = [tokens for tokens in tensors if tokens.numel()]
+    return min(map(_address, some)), max(_address(tokens) + _extent(tokens) for tokens in some)
 
 
-def _select(every_token: Tensor, at_BS: Tensor, out: Tensor, batch_first: bool) -> None:
+def _copy(tensors: tuple[Tensor, ...], at_BS: Tensor, out: Tensor, batch_first: bool) -> None:
+    """Fill ``out`` with the tokens that begin at these addresses in the tensors."""
     at = (at_BS if batch_first else at_BS.t()).flatten()
-    torch.index_select(every_token, 0, at, out=out.view(-1).view(every_token.dtype).view(at.numel(), -1))
+    word, width = tensors[0].element_size(), tensors[0].shape[2]
+    if out.nbytes >= STREAMED and width * word >= _LONG and _has_numba():
+        from penstock.data_pipeline.random_ltd.kernels import cpu_streaming
+
+        return cpu_streaming.copy_tokens(tensors, (at * word).numpy(), out)
+    begin, end = _span(*tensors)
+    memory = (ctypes.c_char * ((end - begin) * word)).from_address(begin * word)
+    # What a token would be that began at any word: overlapping rows, read only where there are some.
+    every_token = torch.frombuffer(memory, dtype=tensors[0].dtype).as_strided((end - begin - width + 1, width), (1, 1))
+    torch.index_select(every_token, 0, at - begin, out=out.view(-1).view(every_token.dtype).view(at.numel(), -1))
+    return None
+
+
+@cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def _extent(tokens: Tensor) -> int:
