@@ -1,6 +1,7 @@
 """``penstock plan``: from measurements in a file to a choice, pictures, and a configuration that a run takes."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def run(*arguments: object) -> Result:
 
 def test_the_choice_is_printed_drawn_and_written(files: tuple[Path, Path], tmp_path: Path) -> None:
     config, profile = files
-    outputs = {name: tmp_path / f"step.{name}" for name in ("svg", "html", "trace", "timeline")}
+    pytest.importorskip("matplotlib")
+    outputs = {name: tmp_path / f"step.{name}" for name in ("svg", "png", "html", "trace", "timeline")}
     options = itertools.chain(*((f"--{name}", path) for name, path in outputs.items()))
     result = run(config, "--profile", profile, "--memory", "1MiB", "--write", tmp_path / "planned.yaml", *options)
     assert result.exit_code == 0, result.output
@@ -51,6 +53,7 @@ def test_the_choice_is_printed_drawn_and_written(files: tuple[Path, Path], tmp_p
     assert timeline.unit == "s"
     assert f"of which passes {1e3 * timeline.makespan:.2f} ms" in result.output
     assert outputs["svg"].read_text().startswith("<svg")
+    assert outputs["png"].read_bytes().startswith(b"\x89PNG")
     assert "<svg" in outputs["html"].read_text()
     assert "traceEvents" in outputs["trace"].read_text()
     planned = load_config(tmp_path / "planned.yaml")
@@ -67,6 +70,22 @@ def test_a_searched_schedule_is_written_beside_the_configuration(files: tuple[Pa
     assert result.exit_code == 0, result.output
     planned = load_config(written)
     assert planned.pipe.schedule.endswith("planned.schedule.json") == ("choice: search" in result.output)
+
+
+def test_layers_to_recompute_are_written_for_the_run(files: tuple[Path, Path], tmp_path: Path) -> None:
+    config, profile = files
+    blocks = (BLOCK, *[replace(BLOCK, kept=kept) for kept in (1000, 8000, 1000, 8000)], BLOCK, HEAD)
+    save_profiles([Profile(1, blocks)], profile)
+    written = tmp_path / "planned.yaml"
+    options = ("--micro-batch-size", 1, "--memory", "34kB", "--write", written)
+    result = run(config, "--profile", profile, *options)
+    assert result.exit_code == 0, result.output
+    planned = load_config(written).pipe
+    assert planned.activation_checkpoint_interval == 0
+    assert planned.activation_checkpoint_layers
+    assert set(planned.activation_checkpoint_layers) <= {2, 4}
+    shown = ",".join(map(str, planned.activation_checkpoint_layers))
+    assert f"recomputing layers {shown}" in result.output
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Pictures and traces: well-formed, to scale, complete."""
 
+import io
 import json
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from penstock.pipe.schedule import (
     ScheduleError,
     get_schedule,
     html,
+    png,
     save_trace,
     simulate,
     svg,
@@ -84,3 +87,30 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         svg(simulate(get_schedule("1f1b", 2, 2)), width=100)
     with pytest.raises(ScheduleError, match="has 20480 actions, a picture shows at most 20000"):
         svg(simulate(get_schedule("1f1b", 16, 640)))
+
+
+def test_a_png_has_the_same_boxes_in_the_same_colours() -> None:
+    image = pytest.importorskip("matplotlib.image")
+    timeline = simulate(Schedule.from_text("0F0,0B0\n1F0,1B0", "two"), Costs(forward=1, backward=[3.0, 2.0]))
+    data = png(timeline, width=772)  # 100 pixels a unit, beside the margins
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = (255 * image.imread(io.BytesIO(data), format="png")).round().astype(int)
+    text = svg(timeline, width=772)
+    assert pixels.shape[:2] == (int(ET.fromstring(text).attrib["height"]), 772)
+
+    def colour(x: float, y: float) -> str:
+        return "#{:02x}{:02x}{:02x}".format(*pixels[int(y), int(x), :3])
+
+    for rect in ET.fromstring(text).iter(f"{SVG}rect"):
+        if rect.find(f"{SVG}title") is not None:
+            x, y, width = (float(rect.attrib[name]) for name in ("x", "y", "width"))
+            assert {colour(x + 4, y + 5), colour(x + width - 4, y + 20)} == {rect.attrib["fill"]}
+    assert colour(664, 34 + 30 + 5) == "#f0f0f0"  # the second rank has nothing to do there
+    with pytest.raises(ScheduleError, match="at least 200 pixels"):
+        png(timeline, width=100)
+
+
+def test_a_png_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"a PNG needs matplotlib: pip install 'penstock\[report\]'"):
+        png(simulate(get_schedule("1f1b", 2, 2)))

@@ -52,6 +52,7 @@ def plan(
         Path | None, typer.Option("--timeline", help="Write the predicted timeline to this .json file.")
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="Write a picture of it.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write one in pixels; needs penstock[report].")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the picture.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
 ) -> None:
@@ -99,7 +100,7 @@ def plan(
         predicted = prediction_of(recording, profiles)
         for line in comparison_lines(predicted, recording):
             typer.echo(line)
-        planning.write_timeline(predicted.timeline, timeline_file, svg=svg, html=html, trace=trace)
+        planning.write_timeline(predicted.timeline, timeline_file, svg=svg, png=png, html=html, trace=trace)
         return
     found = planning.plan_run(settings, profiles, memory=limit, search_effort_s=search)
     shown = next(p for p in profiles if p.micro_batch_size == found.best.micro_batch_size)
@@ -108,7 +109,7 @@ def plan(
         typer.echo(line)
     for note in planning.notes(settings):
         typer.echo(note)
-    planning.write_timeline(found.best.timeline, timeline_file, svg=svg, html=html, trace=trace)
+    planning.write_timeline(found.best.timeline, timeline_file, svg=svg, png=png, html=html, trace=trace)
     if write is not None:
         planning.write_config(settings, found.best, write)
         typer.echo(f"{write}: the configuration with this choice")

@@ -60,6 +60,7 @@ def schedule(
         Path | None, typer.Option("--timeline", help="Write the timeline to this .json file.")
     ] = None,
     svg: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write one in pixels; needs penstock[report].")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the picture.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.")] = None,
     columns: Annotated[int, typer.Option(help="Width of the printed drawing.")] = 120,
@@ -102,6 +103,8 @@ def schedule(
         schedules.save_timeline(timeline, timeline_file)
     if svg is not None:
         write_bytes(svg, schedules.svg(timeline).encode())
+    if png is not None:
+        write_bytes(png, schedules.png(timeline))
     if html is not None:
         write_bytes(html, schedules.html(timeline).encode())
     if trace is not None:

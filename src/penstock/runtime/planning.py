@@ -190,13 +190,15 @@ def notes(config: TrainConfig) -> list[str]:
 
 
 def write_timeline(
-    timeline: Timeline, file: Path | None, *, svg: Path | None, html: Path | None, trace: Path | None
+    timeline: Timeline, file: Path | None, *, svg: Path | None, png: Path | None, html: Path | None, trace: Path | None
 ) -> None:
     """Write a timeline in the forms asked for."""
     if file is not None:
         save_timeline(timeline, file)
     if svg is not None:
         write_bytes(svg, schedules.svg(timeline).encode())
+    if png is not None:
+        write_bytes(png, schedules.png(timeline))
     if html is not None:
         write_bytes(html, schedules.html(timeline).encode())
     if trace is not None:

@@ -16,6 +16,7 @@ from penstock.pipe.schedule.names import SCHEDULES, BuiltIn, get_schedule
 from penstock.pipe.schedule.one_f_one_b import one_f_one_b
 from penstock.pipe.schedule.picture import html, svg
 from penstock.pipe.schedule.placement import PLACEMENTS, get_placement, loop, v_shape
+from penstock.pipe.schedule.png import png
 from penstock.pipe.schedule.problem import Problem
 from penstock.pipe.schedule.schedule import Schedule, ScheduleError
 from penstock.pipe.schedule.schedule_file import load_schedule, save_schedule
@@ -67,6 +68,7 @@ __all__ = [
     "one_f_one_b",
     "peak_memory",
     "place_communication",
+    "png",
     "save_schedule",
     "save_timeline",
     "save_trace",
