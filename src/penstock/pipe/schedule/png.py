@@ -1,6 +1,7 @@
 """Timelines as PNG pictures; needs matplotlib."""
 
 import io
+from typing import Any
 
 from penstock.pipe.schedule.picture import GAP, LEFT, ROW, TOP, extent, fill_of, label_of, legend, ticks
 from penstock.pipe.schedule.timeline import Timeline
@@ -31,7 +32,7 @@ def png(timeline: Timeline, *, width: int = 1200) -> bytes:
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
 
-    def write(x: float, y: float, text: str, **how: str) -> None:
+    def write(x: float, y: float, text: str, **how: Any) -> None:
         axes.text(x, y, text, fontsize=10 * _POINTS, va="center", **how)
 
     boxes, fills = [], []
