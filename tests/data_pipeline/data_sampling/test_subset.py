@@ -60,9 +60,10 @@ def test_importance_draws_by_the_exponential_of_the_score() -> None:
     )
     roots = np.sqrt([1, 2, 3, 4])
     assert np.abs(np.bincount(flat.sample_at(np.arange(40_000))) / 40_000 - roots / roots.sum()).max() < 0.01
-    once = DataSampler(range(4), {"strategy": "importance", "scores": -2000 * scores})
-    assert sorted(once.sample_at(np.arange(once.epoch_size)).tolist()) == [0]  # the others' weights are 0
-    assert once.num_excluded == 3
+    for far in (2000, 1e307):  # exponentials beyond floats, and differences
+        once = DataSampler(range(4), {"strategy": "importance", "scores": -far * scores, "temperature": 0.01})
+        assert once.sample_at(np.arange(4)).tolist() == [0, 1, 2, 3]
+        assert (once.epoch_size, once.num_excluded) == (4, 0)
 
 
 def test_weights_may_lie_in_a_file(tmp_path: Any) -> None:

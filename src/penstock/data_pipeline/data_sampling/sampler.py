@@ -5,22 +5,21 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import Sampler
 
 from penstock.data_pipeline.configuration import validate_config
 from penstock.data_pipeline.data_sampling.batch_iterator import BatchIterator
+from penstock.data_pipeline.data_sampling.chunks import ChunkedOrder
 from penstock.data_pipeline.data_sampling.config import SamplingConfig
 from penstock.data_pipeline.data_sampling.entry_points import Progress
 from penstock.data_pipeline.data_sampling.mixture import MixtureOrder
 from penstock.data_pipeline.data_sampling.order import IntArray, digest_of
 from penstock.data_pipeline.data_sampling.pacing import Pacer
 from penstock.data_pipeline.data_sampling.skips import SkipRanges
+from penstock.data_pipeline.data_sampling.source import open_source
 from penstock.data_pipeline.data_sampling.strategies import Strategy, build_strategy
 from penstock.data_pipeline.data_sampling.transforms import build_transforms
-from penstock.data_pipeline.datasets.corpora import Corpora
-from penstock.data_pipeline.datasets.open import open_dataset
 
-_CHUNK: Final = 1536
 _STATE_VERSION: Final = 2
 
 
@@ -82,9 +81,7 @@ class DataSampler(Sampler[list[int]]):
         self._batches = 0
         self._handed_out = 0
         self._fingerprint: str | None = None
-        # In a small pool a chunk would run through many epochs that nobody asked for.
-        self._chunk_size = min(_CHUNK, max(self.config.batch_size, self.epoch_size))
-        self._chunk: tuple[int, IntArray] = (-1, np.empty(0, dtype=np.int64))
+        self._samples = ChunkedOrder(self._order, self._skips, self.config.batch_size)
 
     # The three steps of the pipeline
 
@@ -97,24 +94,7 @@ class DataSampler(Sampler[list[int]]):
         Raises:
             ValueError: The source is not understood, or can only be iterated.
         """
-        config = self.config
-
-        def opened(source: Any) -> Any:
-            return open_dataset(source, length=config.length, stride=config.stride, column=config.column)
-
-        if config.mixture is not None and isinstance(self._source, Mapping):
-            return Corpora({str(name): opened(part) for name, part in self._source.items()})
-        data = opened(self._source)
-        if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-            raise ValueError(
-                f"{type(data).__name__} can only be iterated, but an order needs samples by number: give a dataset "
-                "with __len__ and __getitem__ (a list of its samples, for example)"
-            )
-        if getattr(data, "ndim", 1) == 0:
-            raise ValueError(f"the data source is a single {data.dtype} number; give a list or array of samples")
-        if isinstance(data, Mapping):
-            raise ValueError("the data source is a table of names; give its samples as a list, or an Arrow table")
-        return data
+        return open_source(self._source, self.config)
 
     def apply_sampling(self, data: Any) -> list[Any]:
         """The samples of the whole run, in order, as a list.
@@ -151,36 +131,7 @@ class DataSampler(Sampler[list[int]]):
         Raises:
             ValueError: A position is negative or not an integer.
         """
-        positions = np.asarray(k)
-        if positions.dtype.kind not in "iu" and positions.size:
-            raise ValueError(f"positions are integers, got {positions.dtype}")
-        flat = positions.reshape(-1).astype(np.int64)
-        if not flat.size:
-            return np.empty(positions.shape, dtype=np.int64)
-        low, high = int(flat.min()), int(flat.max())
-        if low < 0:
-            raise ValueError(f"positions count from 0, got {low}")
-        size = self._chunk_size
-        first, last = low // size, high // size
-        if last - first > 1:
-            return self._order(self._skips.places(flat)).reshape(positions.shape)
-        # Batches are asked for one after another: whole chunks are worked out at once and the last one is kept, since
-        # a small call costs hardly less than one of a few thousand positions.
-        if first == last:
-            return self._chunk_at(first)[flat - first * size].reshape(positions.shape)
-        beyond = flat >= last * size
-        result = np.empty(len(flat), dtype=np.int64)
-        result[~beyond] = self._chunk_at(first)[flat[~beyond] - first * size]
-        result[beyond] = self._chunk_at(last)[flat[beyond] - last * size]
-        return result.reshape(positions.shape)
-
-    def _chunk_at(self, number: int) -> IntArray:
-        known, samples = self._chunk  # read once: another thread may put another chunk in its place
-        if known != number:
-            start = number * self._chunk_size
-            samples = self._order(self._skips.places(np.arange(start, start + self._chunk_size, dtype=np.int64)))
-            self._chunk = (number, samples)
-        return samples
+        return self._samples(k)
 
     def difficulty_at(self, k: int) -> dict[str, float]:
         """The difficulty of each metric that the schedules allow at position ``k``; empty without a curriculum.
@@ -240,7 +191,7 @@ class DataSampler(Sampler[list[int]]):
     def _births_changed(self) -> None:
         if self._strategy.curriculum is not None:
             self._strategy.curriculum.births_changed()
-            self._chunk = (-1, np.empty(0, dtype=np.int64))
+            self._samples.forget()
 
     @property
     def num_excluded(self) -> int:

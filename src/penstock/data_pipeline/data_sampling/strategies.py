@@ -25,7 +25,7 @@ from penstock.data_pipeline.data_sampling.order import (
 from penstock.data_pipeline.data_sampling.pacing import Pacer
 from penstock.data_pipeline.data_sampling.stratified import StratifiedOrder
 from penstock.data_pipeline.data_sampling.subset import SubsetOrder, subset_members
-from penstock.data_pipeline.data_sampling.weighted import ReplacementOrder, WeightedOrder
+from penstock.data_pipeline.data_sampling.weighted import ReplacementOrder, WeightedOrder, log_weights
 from penstock.data_pipeline.datasets.corpora import Corpora
 
 
@@ -96,13 +96,7 @@ def _over(
     if config.strategy == "stratified":
         return Strategy(StratifiedOrder(_per_sample("labels", config.labels, data, members), config.seed))
     if config.strategy in ("weighted", "importance"):
-        if config.strategy == "weighted":
-            weights = _per_sample("weights", config.weights, data, members)
-        else:
-            scores = _per_sample("scores", config.scores, data, members)
-            weights = importance_weights(scores, 1.0 if config.temperature is None else config.temperature)
-        kind = ReplacementOrder if config.replacement else WeightedOrder
-        return Strategy(kind(weights, config.seed, config.samples_per_epoch), excluded=int((weights == 0).sum()))
+        return _weighted(config, data, members)
     assert config.curriculum is not None
     for metric in config.curriculum.metrics.values():
         if metric.path is not None and _is_analysis(metric.path):
@@ -110,8 +104,23 @@ def _over(
     return _curriculum(config.curriculum, config, data, size, members, progress)
 
 
-def importance_weights(scores: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
-    """``exp(score / temperature)``, scaled to a largest of 1.
+def _weighted(config: SamplingConfig, data: Any, members: IntArray | None) -> Strategy:
+    """Draws by the weights, or by the weights that scores make."""
+    if config.strategy == "weighted":
+        weights = _per_sample("weights", config.weights, data, members)
+        logs = log_weights(weights)
+    else:
+        scores = _per_sample("scores", config.scores, data, members)
+        logs = score_logs(scores, 1.0 if config.temperature is None else config.temperature)
+        weights = np.exp(logs)
+    if config.replacement:
+        drawn = ReplacementOrder(weights, config.seed, config.samples_per_epoch)
+        return Strategy(drawn, excluded=int((weights == 0).sum()))
+    return Strategy(WeightedOrder(logs, config.seed, config.samples_per_epoch), excluded=int(np.isneginf(logs).sum()))
+
+
+def score_logs(scores: npt.NDArray[Any], temperature: float) -> npt.NDArray[np.float64]:
+    """The logarithms of the weights ``exp(score / temperature)``, less the largest of them.
 
     Raises:
         ValueError: A score is not a finite number.
@@ -122,7 +131,10 @@ def importance_weights(scores: npt.NDArray[Any], temperature: float) -> npt.NDAr
     if not np.isfinite(exact).all():
         bad = int((~np.isfinite(exact)).argmax())
         raise ValueError(f"scores: sample {bad} has the score {exact[bad]}; scores are finite numbers")
-    return np.asarray(np.exp((exact - exact.max()) / temperature), dtype=np.float64)
+    with np.errstate(over="ignore"):
+        below = (exact - exact.max()) / temperature
+    # Whatever the difference, a sample that has a score comes at some time.
+    return np.asarray(np.maximum(below, np.finfo(np.float64).min), dtype=np.float64)
 
 
 def _curriculum(

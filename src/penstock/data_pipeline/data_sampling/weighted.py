@@ -14,21 +14,22 @@ class WeightedOrder:
 
     Each epoch is a race: sample ``i`` arrives at ``-log(u) / weight`` for a keyed uniform ``u`` of its own, and the
     order of arrival is that of successive weighted draws (Efraimidis and Spirakis, "Weighted random sampling with a
-    reservoir", 2006). A sample of weight 0 never comes. The arrivals of an epoch are sorted when the epoch is first
-    asked for and kept until another is: O(N log N) time and 8 bytes per sample.
+    reservoir", 2006). Arrivals are compared by their logarithms, so that weights may differ by any factor. A sample of
+    weight 0 never comes. The arrivals of an epoch are sorted when the epoch is first asked for and kept until another
+    is: O(N log N) time and 8 bytes per sample.
 
     Args:
-        weights: One number per sample, at least 0 and finite.
+        log_weights: The logarithm of each sample's weight, float64; minus infinity of weight 0 (:func:`log_weights`).
         seed: The key of all races.
         samples_per_epoch: End each epoch after this many draws; all samples of positive weight if None.
 
     Raises:
-        ValueError: A weight is negative or not finite, all are 0, or an epoch is longer than there are samples.
+        ValueError: An epoch is longer than there are samples.
     """
 
-    def __init__(self, weights: npt.NDArray[Any], seed: int, samples_per_epoch: int | None = None) -> None:
-        self._weights = check_weights(weights)
-        self._drawable = np.flatnonzero(self._weights).astype(np.int64)
+    def __init__(self, log_weights: npt.NDArray[np.float64], seed: int, samples_per_epoch: int | None = None) -> None:
+        self._log_weights = log_weights
+        self._drawable = np.flatnonzero(log_weights > -np.inf).astype(np.int64)
         self.epoch_size = len(self._drawable) if samples_per_epoch is None else samples_per_epoch
         if not 1 <= self.epoch_size <= len(self._drawable):
             raise ValueError(
@@ -43,7 +44,8 @@ class WeightedOrder:
         if cached_epoch == epoch:
             return arrivals
         uniform = random_floats(derive(self._seed, "weighted order", epoch), self._drawable)
-        times = -np.log1p(-uniform) / self._weights[self._drawable]
+        with np.errstate(divide="ignore"):  # of a uniform number that is 0
+            times = np.log(-np.log1p(-uniform)) - self._log_weights[self._drawable]
         arrivals = self._drawable[np.argsort(times, kind="stable")[: self.epoch_size]]
         self._cached = (epoch, arrivals)
         return arrivals
@@ -59,7 +61,7 @@ class WeightedOrder:
 
     def digest(self) -> str:
         """See :class:`Order`."""
-        return digest_of("weighted", self._seed, self.epoch_size, self._weights)
+        return digest_of("weighted", self._seed, self.epoch_size, self._log_weights)
 
 
 class ReplacementOrder:
@@ -89,6 +91,17 @@ class ReplacementOrder:
     def digest(self) -> str:
         """See :class:`Order`."""
         return digest_of("weighted with replacement", self._seed, self.epoch_size, self._weights)
+
+
+def log_weights(weights: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The logarithms of weights; minus infinity of 0.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or all are 0.
+    """
+    check_weights(weights)
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.log(weights.astype(np.float64)), dtype=np.float64)
 
 
 def check_weights(weights: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
