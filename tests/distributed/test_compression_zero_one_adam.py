@@ -86,6 +86,63 @@ def test_it_is_the_papers_algorithm(
             assert np.array_equal(common_weights, answers[0][step - 1][1].numpy())  # replicas never drift
 
 
+def ended_early(rank: int, world_size: int, steps: int, options: dict[str, Any]) -> tuple[torch.Tensor, bool, int]:
+    """Parameters after :meth:`synchronize` in the middle of a round, and what it sent when called again."""
+    x, meter = torch.from_numpy(start()), Meter()
+    parameter = nn.Parameter(x)
+    optimizer = ZeroOneAdam([parameter], meter=meter, **options)
+    for step in range(1, steps + 1):
+        parameter.grad = torch.from_numpy(gradient(parameter.detach().numpy(), rank, step))
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.step()
+    before = meter.sent[REPLICAS]
+    optimizer.synchronize()
+    assert meter.sent[REPLICAS] > before
+    after = meter.sent[REPLICAS]
+    optimizer.synchronize()
+    return parameter.detach(), optimizer.in_round, meter.sent[REPLICAS] - after
+
+
+def test_a_round_that_is_ended_early_is_a_shorter_round(pool: WorkerPool) -> None:
+    common: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "variance_floor": 0.0}
+    common["bias_correction"] = True
+    steps = 26  # between the exchanges after 24 and 28
+    answers = pool.run(ended_early, 2, steps, {**common, **SCHEDULE})
+    reference = ReferenceZeroOneAdam(
+        start(), 2, lr=rate, variance_steps=VARIANCE_STEPS, exchange_steps=EXCHANGE_STEPS | {steps}, **common
+    )
+    for step in range(1, steps + 1):
+        reference.step([gradient(reference.x[r], r, step) for r in range(2)])
+    for parameters, in_round, sent in answers:
+        np.testing.assert_allclose(parameters.numpy(), reference.common, rtol=1e-5, atol=1e-5)
+        assert torch.equal(parameters, answers[0][0])
+        assert not in_round
+        assert sent == 0
+
+
+def beside_a_group_that_rests(rank: int, world_size: int) -> list[torch.Tensor]:
+    """The same parameter alone, and beside one whose rate is zero."""
+    results = []
+    for rests in (False, True):
+        parameter, other = nn.Parameter(torch.from_numpy(start())), nn.Parameter(torch.ones(70))
+        groups: list[dict[str, Any]] = [{"params": [parameter]}]
+        groups += [{"params": [other], "lr": 0.0}] if rests else []
+        optimizer = ZeroOneAdam(groups, lr=1e-2, **SCHEDULE)
+        for step in range(1, 29):
+            parameter.grad = torch.from_numpy(gradient(parameter.detach().numpy(), rank, step))
+            other.grad = torch.full_like(other, rank + 1.0)
+            optimizer.step()
+        assert torch.equal(other.detach(), torch.ones(70))
+        results.append(parameter.detach())
+    return results
+
+
+def test_a_group_with_a_rate_of_zero_does_not_hold_up_the_others(pool: WorkerPool) -> None:
+    for alone, beside in pool.run(beside_a_group_that_rests, 2):
+        assert torch.equal(alone, beside)
+        assert not torch.allclose(alone, torch.from_numpy(start()), atol=0.1)
+
+
 def odd_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(13, 37), nn.Tanh(), nn.Linear(37, 1)).to(dtype)

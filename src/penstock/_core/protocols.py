@@ -46,6 +46,14 @@ class GradientExchange(Protocol):
 
 
 @runtime_checkable
+class Undoable(Protocol):
+    """An exchange whose last step can be taken back."""
+
+    def undo(self) -> None:
+        """The step that ``finish()`` ended counts as not made, because its gradients are thrown away."""
+
+
+@runtime_checkable
 class OwnsExchange(Protocol):
     """An optimizer that communicates over the replicas itself, inside ``step()`` (the 1-bit family)."""
 
@@ -77,6 +85,14 @@ class HasCommonWeights(Protocol):
 
     def common_weights(self) -> AbstractContextManager[None]:
         """Within it the parameters are those on which all replicas agree."""
+
+
+@runtime_checkable
+class Synchronizes(Protocol):
+    """Something that exchanges only now and then what the replicas have learnt."""
+
+    def synchronize(self) -> None:
+        """Exchange now, whatever the step; collective."""
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm, wire_bytes, wire_views, write_wire
-from penstock.compression.error_feedback import compress_with_feedback, memory_dtype
+from penstock.compression.error_feedback import CLASSIC, FeedbackRule, compress_with_feedback, is_finite, memory_dtype
 from penstock.compression.reductions.base import Wires
 
 
@@ -29,29 +29,49 @@ class CompressedReduceScatter:
 
     Args:
         algorithm: Any algorithm but those that need the shapes of matrices.
-        error_feedback: Keep what was not sent, a memory as large as the full gradient on every rank. One object then
-            serves one module, whose gradients come in one size.
+        error_feedback: Keep what was not sent, a memory as large as the full gradient on every rank; a
+            :class:`FeedbackRule` says how. One object then serves one module, whose gradients come in one size.
+        warmup_steps: Calls at the start that go uncompressed.
+        undoable: Keep a copy of the memory as it was before each call, for :meth:`undo`.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
+
+    Attributes:
+        step: Calls so far: they key random choices and time warm-up and resets. May be set.
+        scale: Multiplied into gradients before they are compressed, so that the memory is in units of the result
+            whatever scales the loss. May be set, to the same number on every rank.
+        memory: What this rank owes to each rank's sum, ``[ranks * n]``; with EF21, what they know of its gradients.
+            None before the first compressed call.
+        received: With EF21, the sum of what is known here of the ranks' gradients, ``[n]``.
     """
 
     def __init__(
         self,
         algorithm: CompressionAlgorithm,
         *,
-        error_feedback: bool = True,
+        error_feedback: bool | FeedbackRule = True,
+        warmup_steps: int = 0,
+        undoable: bool = False,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
     ) -> None:
-        _refuse_shaped(algorithm)
-        if error_feedback:
-            algorithm.check_feedback()
+        refuse_shaped(algorithm)
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        self._rule = error_feedback if isinstance(error_feedback, FeedbackRule) else CLASSIC
+        self._remembers = bool(error_feedback) and not algorithm.lossless
+        if self._remembers:
+            self._rule.check(algorithm)
         self.algorithm = algorithm
+        self.step = 0
+        self.scale = 1.0
         self.memory: Tensor | None = None
-        self._remembers = error_feedback and not algorithm.lossless
+        self.received: Tensor | None = None
+        self._warmup_steps = warmup_steps
+        self._undoable = undoable
+        self._before: dict[str, Any] | None = None
         self._meter = meter
         self._watcher = watcher
-        self._calls = 0
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for FSDP2's buffers."""
@@ -75,45 +95,89 @@ class CompressedReduceScatter:
             raise ValueError(f"a compressed reduce-scatter sums or averages, it cannot do {op}; use the default one")
         wires = Wires(group, meter=self._meter, watcher=self._watcher)
         flat, size = input_tensor.reshape(-1), output_tensor.numel()
-        if self._remembers and self.memory is None:
-            self.memory = torch.zeros(flat.numel(), dtype=memory_dtype(flat.dtype), device=flat.device)
-        if self.memory is not None and self.memory.numel() != flat.numel():
-            raise ValueError(
-                f"the error memory is for gradients of {self.memory.numel()} elements, these have {flat.numel()}; make "
-                "a CompressedReduceScatter for each module"
-            )
-        layout = self.algorithm.payload_layout(size)
-        length = wire_bytes(layout)
-        out = torch.empty(length * wires.ranks, dtype=torch.uint8, device=flat.device)
-        received = torch.empty_like(out)
-        for rank in range(wires.ranks):
-            # A linear algorithm's places must be those of all; any other's may be its own.
-            place = (rank,) if self.algorithm.linear else (wires.rank, rank)
-            algorithm = self.algorithm.keyed("reduce-scatter", self._calls, *place)
-            part = flat[rank * size : (rank + 1) * size]
-            if self.memory is None:
-                payload = algorithm.compress(part)
-            else:
-                payload = compress_with_feedback(algorithm, part, self.memory[rank * size : (rank + 1) * size])
-            write_wire(out[rank * length : (rank + 1) * length], payload, layout)
-        self._calls += 1
-        wires.wait(wires.all_to_all(received, out, [length] * wires.ranks, "compressed reduce-scatter"))
-        total = torch.zeros(size, dtype=memory_dtype(flat.dtype), device=flat.device)
-        for rank in range(wires.ranks):
-            payload = wire_views(received[rank * length : (rank + 1) * length], layout)
-            self.algorithm.decompress_add(payload, total)
+        if self._undoable:
+            self._before = {name: _copy(value) for name, value in self.state_dict().items()}
+        if self.scale != 1.0:
+            flat = flat * self.scale
+        if self.step < self._warmup_steps:
+            total = torch.empty(size, dtype=flat.dtype, device=flat.device)
+            wires.wait(wires.reduce_scatter(total, flat, "reduce-scatter of sharded gradients"))
+        else:
+            self._make_memory(flat, size)
+            total = self._exchange(flat, size, wires)
+        self.step += 1
         if op == dist.ReduceOp.AVG:
             total.div_(wires.ranks)
         output_tensor.copy_(total.view(output_tensor.shape))
 
+    def undo(self) -> None:
+        """The last call counts as not made, because its gradients are thrown away; all ranks must agree on it.
+
+        Nothing happens if there was none since the last time, as for a module that no step used.
+
+        Raises:
+            RuntimeError: The object is not ``undoable``.
+        """
+        if not self._undoable:
+            raise RuntimeError("nothing was kept to undo a step with: make the reduce-scatter with undoable=True")
+        if self._before is not None:
+            self.load_state_dict(self._before)
+            self._before = None
+
     def state_dict(self) -> dict[str, Any]:
-        """The error memory and the calls so far."""
-        return {"calls": self._calls, **({} if self.memory is None else {"memory": self.memory})}
+        """The step, and the memories that there are; not copies."""
+        memories = {"memory": self.memory, "received": self.received}
+        return {"step": self.step, **{name: tensor for name, tensor in memories.items() if tensor is not None}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore."""
-        self._calls = int(state["calls"])
-        self.memory = state["memory"].clone() if "memory" in state else None
+        """Restore; ``{"step": N}`` alone starts from empty memories."""
+        self.step = int(state["step"])
+        self.memory = _copy(state.get("memory"))
+        self.received = _copy(state.get("received"))
+
+    def _make_memory(self, flat: Tensor, size: int) -> None:
+        """Empty memories before the first compressed call; a memory of another size is refused."""
+        if self._remembers and self.memory is None:
+            self.memory = torch.zeros(flat.numel(), dtype=memory_dtype(flat.dtype), device=flat.device)
+            if self._rule.kind == "ef21":
+                self.received = torch.zeros(size, dtype=self.memory.dtype, device=flat.device)
+        if self.memory is None:
+            return
+        if self.memory.numel() != flat.numel():
+            raise ValueError(
+                f"the error memory is for gradients of {self.memory.numel()} elements, these have {flat.numel()}; make "
+                "a CompressedReduceScatter for each module"
+            )
+        if self._rule.resets_at(self.step):
+            self.memory.zero_()
+
+    def _exchange(self, flat: Tensor, size: int, wires: Wires) -> Tensor:
+        """This rank's part ``[size]`` of the sum of all ranks' ``flat``, as far as it was sent."""
+        layout = self.algorithm.payload_layout(size)
+        length = wire_bytes(layout)
+        out = torch.empty(length * wires.ranks, dtype=torch.uint8, device=flat.device)
+        arrived = torch.empty_like(out)
+        for rank, wire in enumerate(out.view(wires.ranks, length)):
+            # A linear algorithm's places must be those of all; any other's may be its own.
+            place = (rank,) if self.algorithm.linear else (wires.rank, rank)
+            algorithm = self.algorithm.keyed("reduce-scatter", self.step, *place)
+            part = flat[rank * size : (rank + 1) * size]
+            if self.memory is None:
+                payload = algorithm.compress(part)
+            else:
+                owed = self.memory[rank * size : (rank + 1) * size]
+                payload = compress_with_feedback(algorithm, part, owed, self._rule)
+                if self.received is not None and is_finite(payload):
+                    algorithm.decompress_add(payload, owed)
+            write_wire(wire, payload, layout)
+        wires.wait(wires.all_to_all(arrived, out, [length] * wires.ranks, "compressed reduce-scatter"))
+        total = torch.zeros(size, dtype=memory_dtype(flat.dtype), device=flat.device)
+        for wire in arrived.view(wires.ranks, length):
+            payload = wire_views(wire, layout)
+            # The estimate is of what was finite, on both ends; what was not is seen this once.
+            kept = self.received if self.received is not None and is_finite(payload) else total
+            self.algorithm.decompress_add(payload, kept)
+        return total if self.received is None else total.add_(self.received)
 
 
 class CompressedAllGather:
@@ -132,7 +196,7 @@ class CompressedAllGather:
     def __init__(
         self, algorithm: CompressionAlgorithm, *, meter: Meter | None = None, watcher: Watcher | None = None
     ) -> None:
-        _refuse_shaped(algorithm)
+        refuse_shaped(algorithm)
         if algorithm.sparse:
             raise ValueError(f"{algorithm.name} would set most weights to zero; take fp8, int8 or the like for weights")
         self.algorithm = algorithm
@@ -165,7 +229,8 @@ def compress_fsdp(
     *,
     gradients: CompressionAlgorithm | None = None,
     weights: CompressionAlgorithm | None = None,
-    error_feedback: bool = True,
+    error_feedback: bool | FeedbackRule = True,
+    warmup_steps: int = 0,
     meter: Meter | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, CompressedReduceScatter]:
@@ -175,7 +240,8 @@ def compress_fsdp(
         model: With :class:`torch.distributed.fsdp.FSDPModule` modules in it.
         gradients: Of the reduce-scatter; None leaves it as it is.
         weights: Of the all-gather; None leaves it as it is.
-        error_feedback: For gradients.
+        error_feedback: For gradients; a :class:`FeedbackRule` says how.
+        warmup_steps: Steps at the start whose gradients go uncompressed.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
 
@@ -191,7 +257,9 @@ def compress_fsdp(
     made: dict[str, CompressedReduceScatter] = {}
     for name, module in sharded.items():
         if gradients is not None:
-            made[name] = CompressedReduceScatter(gradients, error_feedback=error_feedback, meter=meter, watcher=watcher)
+            made[name] = CompressedReduceScatter(
+                gradients, error_feedback=error_feedback, warmup_steps=warmup_steps, meter=meter, watcher=watcher
+            )
             module.set_custom_reduce_scatter(made[name])  # type: ignore[arg-type]
         if weights is not None:
             gather = CompressedAllGather(weights, meter=meter, watcher=watcher)
@@ -199,6 +267,11 @@ def compress_fsdp(
     return made
 
 
-def _refuse_shaped(algorithm: CompressionAlgorithm) -> None:
+def refuse_shaped(algorithm: CompressionAlgorithm) -> None:
+    """Raise ``ValueError`` for an algorithm that needs whole matrices."""
     if algorithm.shaped:
         raise ValueError(f"{algorithm.name} compresses whole matrices, and a shard is none; take another algorithm")
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

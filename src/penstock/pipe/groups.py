@@ -59,6 +59,7 @@ class PipeGroups:
         tied: For each tie key with copies on several ranks of this pipeline, this one among them: those ranks.
         routes: For the transport, by direction; none for a pipeline of one rank.
         store: The rendezvous store, None for a world of one.
+        timeout: Torch's own limit on an operation in these groups.
 
     Raises:
         ValueError: The world has another size than the topology, an axis is missing, ranks differ in what they were
@@ -99,7 +100,7 @@ class PipeGroups:
         self.num_model_ranks = topology.get_dim("model") or 1
         self.device = torch.device(device)
         self.store = None
-        self._timeout = timeout
+        self.timeout = timeout
         self._groups: list[dist.ProcessGroup] = []
         sharing = _checked_ties(tied or {}, self.num_pipe_ranks)
         self._connections: Connections | None = None
@@ -151,11 +152,15 @@ class PipeGroups:
         mine = None
         for ranks in rank_lists:
             if len(ranks) > 1:
-                group = dist.new_group(list(ranks), timeout=self._timeout, backend=backend, group_desc=f"pipe {name}")
+                group = dist.new_group(list(ranks), timeout=self.timeout, backend=backend, group_desc=f"pipe {name}")
                 if self.rank in ranks:
                     mine = group
                     self._groups.append(group)
         return mine
+
+    def adopt(self, *groups: dist.ProcessGroup) -> None:
+        """Destroy these groups in :meth:`close`, too; every rank adopts its own in the same order."""
+        self._groups.extend(groups)
 
     def close(self) -> None:
         """Close the connections and destroy the groups. Collective."""

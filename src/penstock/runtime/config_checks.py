@@ -141,11 +141,7 @@ def _check_exchange(config: "TrainConfig") -> None:
                 "local_updates lets replicas train apart, each with whole weights, but data_parallel.sharding="
                 f"{config.data_parallel.sharding} leaves each a part; remove one of the two"
             )
-        if compression.algorithm != "none":
-            raise ValueError(
-                f"compression.algorithm={compression.algorithm} compresses whole gradients, but data_parallel."
-                f"sharding={config.data_parallel.sharding} divides them; set one of the two to none"
-            )
+        compression.check_sharded(config.data_parallel.sharding)
     if optimizer.owns_exchange and compression.algorithm != "none":
         raise ValueError(
             f"compression.algorithm={compression.algorithm} and optimizer.name={optimizer.name} would both "

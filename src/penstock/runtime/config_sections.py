@@ -339,6 +339,29 @@ class CompressionSection(Section):
             )
         return self
 
+    def check_sharded(self, sharding: str) -> None:
+        """Refuse what cannot be done to a layer's gradients in one buffer.
+
+        Raises:
+            ValueError: A key does not go with sharded gradients.
+        """
+        if self.algorithm == "none":
+            return
+        if create_compression_algorithm(self.algorithm, self.options).shaped:
+            raise ValueError(
+                f"compression.algorithm={self.algorithm} compresses whole matrices, but data_parallel.sharding="
+                f"{sharding} divides them; take another algorithm (int8 or onebit, for example), or sharding: none"
+            )
+        for name, field in type(self).model_fields.items():
+            if name in ("full_precision", "min_dimensions", "replicas_per_machine", "bucket_mb"):
+                value, default = getattr(self, name), field.get_default(call_default_factory=True)
+                if value != default:
+                    raise ValueError(
+                        f"compression.{name}={value} cannot be had with data_parallel.sharding={sharding}, which sums "
+                        f"each layer's gradients in one buffer over all replicas; leave {name} out, or set "
+                        "sharding: none"
+                    )
+
     def feedback(self) -> bool | FeedbackRule:
         """What the reducer takes for ``error_feedback``."""
         if not self.error_feedback:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from penstock._core.protocols import Synchronizes, Undoable
 from penstock.compression import Reducer
 from penstock.data_pipeline.data_sampling import Consumed
 from penstock.pipe.micro_batch import MicroBatch
@@ -217,9 +218,10 @@ class Engine:
         For the end of training, so that the weights on which all agree hold the last steps, too. Otherwise it does
         nothing.
         """
-        if self.parts.local_updates is not None:
-            with self._told("synchronize"):
-                self.parts.local_updates.synchronize()
+        with self._told("synchronize"):
+            for owner in (self.parts.local_updates, self.parts.optimizer):
+                if isinstance(owner, Synchronizes):
+                    owner.synchronize()
 
     def predict_batch(self, data_iter: Iterator[Any], *, pipe_ranks: Collection[int] | None = None) -> list[Any]:
         """Outputs of the last layer for one global batch in eval mode: this replica's micro-batches in order.
@@ -410,7 +412,7 @@ class Engine:
         overflowed = any_rank(
             here, what="overflow of gradients", group=parts.groups.control, watcher=parts.watcher, meter=parts.meter
         )
-        if overflowed and isinstance(parts.exchange, Reducer):
+        if overflowed and isinstance(parts.exchange, Undoable):
             parts.exchange.undo()  # other buckets may have been exchanged in full: what they sent is thrown away, too
         parts.scaler.update(overflowed=overflowed)
         return overflowed

@@ -103,7 +103,7 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
         progress.earlier = spent if progress.earlier is None else chain(progress.earlier, spent)
         owed = _load_debts(parts, checkpoint, state)
         step = state["ranks"][0]["plain"].get(f"{_EXCHANGE}.step")
-        if isinstance(parts.exchange, Reducer) and step is not None:
+        if step is not None and "step" in parts.exchange.state_dict():
             parts.exchange.load_state_dict({"step": step})  # how much of the warm-up is done
         if parts.process.rank == 0 and checkpoint.ranks and not owed:
             _log.warning(

@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,15 @@ from penstock._core.meter import Meter
 from penstock._core.protocols import GradientExchange, OwnsExchange
 from penstock._core.sharded import here, is_sharded
 from penstock._core.waiting import Watcher
-from penstock.compression import LocalGradients, ParameterRules, Reducer, create_compression_algorithm, machine_groups
+from penstock.compression import (
+    CompressionAlgorithm,
+    LocalGradients,
+    ParameterRules,
+    Reducer,
+    create_compression_algorithm,
+    machine_groups,
+)
+from penstock.compression.buckets import NamedParameter
 from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
@@ -39,6 +47,9 @@ from penstock.runtime.process import Process
 from penstock.runtime.run_facts import run_facts
 from penstock.runtime.same_start import copy_from_first_replica
 from penstock.runtime.shared_parameters import SharedParameters
+
+if TYPE_CHECKING:  # FSDP2 takes half a second to import
+    from penstock.compression.sharded import CompressedReduceScatter
 
 PARAMETER_DTYPES: Final = {
     "float32": torch.float32,
@@ -135,8 +146,9 @@ def initialize(
             _divide(stages, groups.model, meter, watcher)
         # What the plain run would exchange: each replica whole, but a tensor-parallel rank its part.
         gradient_bytes = sum(here(p).nbytes for p in stage.parameters() if p.requires_grad)
+        scatters = {}
         if settings.data_parallel.sharded:
-            _shard(settings, stages, groups, meter, watcher)
+            scatters = _shard(settings, stages, groups, meter, watcher)
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
             ready.dropping.wrap(stage)
@@ -144,7 +156,7 @@ def initialize(
         last_layer = None if module is None else len(module.parameter_counts) - 1
         built = _optimizer(settings, optimizer, shared, stage, last_layer=last_layer)
         local_updates = make_local_updates(settings, built, shared, groups, meter=meter, watcher=watcher)
-        exchange = _exchange(settings, built, stages, shared, groups, meter, watcher)
+        exchange = _exchange(settings, built, stages, scatters, shared, groups, meter, watcher)
         pipeline = PipelineEngine(
             stages,
             schedule=ready.pipe_schedule,
@@ -271,6 +283,7 @@ def _exchange(
     config: TrainConfig,
     optimizer: Optimizer,
     stages: Sequence[Stage],
+    scatters: Mapping[str, "CompressedReduceScatter"],
     shared: SharedParameters,
     groups: PipeGroups,
     meter: Meter,
@@ -293,30 +306,45 @@ def _exchange(
     if config.data_parallel.sharded:
         from penstock.runtime.sharding.exchange import ShardedGradients
 
-        return ShardedGradients(stages, _whole_exchange(stages, groups, meter, watcher))
+        return ShardedGradients(stages, _whole_exchange(config, stages, groups, meter, watcher), compressed=scatters)
     if groups.num_replicas == 1 or config.local_updates is not None:
         return LocalGradients(_all(shared), replicas=groups.num_replicas)
     section = config.compression
-    algorithm = None
-    if section.algorithm != "none":
-        algorithm = create_compression_algorithm(section.algorithm, section.options)
     group, inside = groups.replicas, None
     if section.replicas_per_machine > 1:
-        inside, group = machine_groups(
-            groups.topology.get_axis_comm_lists("data"),
-            section.replicas_per_machine,
-            backend="nccl" if groups.device.type == "cuda" else "gloo",
-        )
+        with watcher.waiting("making the groups of each machine"):
+            inside, group = machine_groups(
+                groups.topology.get_axis_comm_lists("data"),
+                section.replicas_per_machine,
+                backend="nccl" if groups.device.type == "cuda" else "gloo",
+                timeout=groups.timeout,
+            )
+        groups.adopt(inside, group)
+    # A bucket of its own for each shared weight: its other owners have other neighbours for it. Nor may what every
+    # tensor-parallel rank holds share a scale with what it has a part of; being first, it has the same key on all.
+    sets = [
+        *([pair for pair in shared.own if is_sharded(pair[1]) is divided] for divided in (False, True)),
+        *([pair] for pair in shared.shared),
+    ]
+    return _reducer(config, sets, group, meter, watcher, inside=inside)
+
+
+def _reducer(
+    config: TrainConfig,
+    sets: Sequence[Sequence[NamedParameter]],
+    group: dist.ProcessGroup | None,
+    meter: Meter,
+    watcher: Watcher,
+    *,
+    inside: dist.ProcessGroup | None = None,
+) -> Reducer:
+    """Compresses as the configuration says."""
+    section = config.compression
     return Reducer(
-        # A bucket of its own for each shared weight: its other owners have other neighbours for it. Nor may what every
-        # tensor-parallel rank holds share a scale with what it has a part of; being first, it has the same key on all.
-        [
-            *([pair for pair in shared.own if is_sharded(pair[1]) is divided] for divided in (False, True)),
-            *([pair] for pair in shared.shared),
-        ],
+        sets,
         group=group,
         inside=inside,
-        algorithm=algorithm,
+        algorithm=_algorithm(config),
         error_feedback=section.feedback(),
         rules=ParameterRules(tuple(section.full_precision), section.min_dimensions),
         bucket_bytes=int(section.bucket_mb * 2**20),
@@ -327,6 +355,11 @@ def _exchange(
     )
 
 
+def _algorithm(config: TrainConfig) -> CompressionAlgorithm | None:
+    section = config.compression
+    return None if section.algorithm == "none" else create_compression_algorithm(section.algorithm, section.options)
+
+
 def _divide(stages: Sequence[Stage], group: dist.ProcessGroup, meter: Meter, watcher: Watcher) -> None:
     from penstock.pipe.tensor_parallel.ranks import ModelRanks
     from penstock.pipe.tensor_parallel.stage import divide_stage  # DTensor takes half a second to import
@@ -335,26 +368,47 @@ def _divide(stages: Sequence[Stage], group: dist.ProcessGroup, meter: Meter, wat
         divide_stage(stage, ModelRanks(group, stage=stage.index, meter=meter, watcher=watcher))
 
 
-def _shard(config: TrainConfig, stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher) -> None:
-    from penstock.runtime.sharding.stage import shard_stage  # FSDP2 takes half a second to import
+def _shard(
+    config: TrainConfig, stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher
+) -> dict[str, "CompressedReduceScatter"]:
+    """Divide the stages; gives what compresses their layers' gradients, by name."""
+    from penstock.compression.sharded import CompressedReduceScatter
+    from penstock.runtime.sharding.stage import shard_stage
 
     assert groups.replicas is not None  # refused for a single replica
-    for stage in stages:
-        shard_stage(
-            stage,
-            group=groups.replicas,
-            reshard_after_forward=config.data_parallel.reshard_after_forward,
+    section, algorithm = config.compression, _algorithm(config)
+    compress = None
+    if algorithm is not None:
+        compress = partial(
+            CompressedReduceScatter,
+            algorithm,
+            error_feedback=section.feedback(),
+            warmup_steps=section.warmup_steps,
+            undoable=config.precision == "fp16",
             meter=meter,
             watcher=watcher,
         )
+    compressed: dict[str, CompressedReduceScatter] = {}
+    for stage in stages:
+        compressed |= shard_stage(
+            stage,
+            group=groups.replicas,
+            reshard_after_forward=config.data_parallel.reshard_after_forward,
+            compress=compress,
+            meter=meter,
+            watcher=watcher,
+        )
+    return compressed
 
 
-def _whole_exchange(stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher) -> GradientExchange:
+def _whole_exchange(
+    config: TrainConfig, stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher
+) -> GradientExchange:
     """The exchange of tied weights, which sharding leaves whole on every replica."""
     tied = {id(pair[1]): pair for stage in stages for _, pairs in sorted(stage.tied.items()) for pair in pairs}
     if not tied:
         return LocalGradients([], replicas=groups.num_replicas)
-    return Reducer([[pair] for pair in tied.values()], group=groups.replicas, meter=meter, watcher=watcher)
+    return _reducer(config, [[pair] for pair in tied.values()], groups.replicas, meter, watcher)
 
 
 def _all(shared: SharedParameters) -> list[nn.Parameter]:

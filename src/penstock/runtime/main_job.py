@@ -268,6 +268,8 @@ def _loop(
     total = engine.config.total_steps
     while engine.progress.step < total and not engine.stopping:
         engine.train_batch()
+        if engine.progress.step == total:
+            engine.synchronize()  # fragments take turns: most have learnt something since their last exchange
         report = engine.last
         assert report is not None
         sent = sum(engine.parts.meter.sent.values())
@@ -289,8 +291,6 @@ def _loop(
         display.update(report, bytes_sent=sent)
         if log is not None:
             log.write(record)
-        if done == total:
-            engine.synchronize()  # fragments take turns: most have learnt something since their last exchange
         if done == total or engine.stopping or (train.checkpoint_every and done % train.checkpoint_every == 0):
             engine.save_checkpoint(checkpoints, keep=train.keep_checkpoints)
 

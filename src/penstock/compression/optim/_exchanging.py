@@ -242,9 +242,11 @@ class ExchangingOptimizer(Optimizer):
             for parameter in param_group["params"]:
                 self.state[parameter] = {"step": torch.tensor(0.0), **views[parameter]}
 
-    def _exchange(self, *, compressed: bool) -> None:
-        """Average the exchange buffers of all buckets."""
-        reductions = [bucket.reduction(compressed=compressed) for bucket in self._all_buckets()]
+    def _exchange(self, *, compressed: bool | Sequence[bool]) -> None:
+        """Average the exchange buffers of all buckets, compressed or not; a sequence says it for each."""
+        buckets = self._all_buckets()
+        each = [compressed] * len(buckets) if isinstance(compressed, bool) else compressed
+        reductions = [bucket.reduction(compressed=which) for bucket, which in zip(buckets, each, strict=True)]
         for reduction in reductions:
             reduction.start(self._steps_done())
         for reduction in reductions:

@@ -148,6 +148,23 @@ class ZeroOneAdam(ExchangingOptimizer):
         self._count_step()
         return loss
 
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """End the round that the replicas are in, whatever the step: after it their parameters are the same.
+
+        Collective. For the end of training, so that the common parameters hold the last steps, too; where the replicas
+        have just exchanged it does nothing.
+
+        Raises:
+            FloatingPointError: What was exchanged holds a NaN or infinity.
+        """
+        if not self.in_round:
+            return
+        step = self._steps_done()
+        self._end_round(step)
+        for part in self._rounds:
+            self._meet(part, step)
+
     @contextmanager
     def common_weights(self) -> Iterator[None]:
         """Within it the parameters are those on which all replicas agree: as of the last exchange."""
@@ -242,21 +259,24 @@ class ZeroOneAdam(ExchangingOptimizer):
         for part in self._rounds:
             part.shrink(self._rate(self._group_of(part.bucket), step)[1])
             if self.schedule.exchanges(step):
-                self._freeze(part, step)
-                part.end()
-                part.bucket.publish()
+                self._meet(part, step)
             else:
                 part.momentum.copy_(part.new_momentum)
                 self._place(part, step)
 
+    def _meet(self, part: "_Round", step: int) -> None:
+        """The common parameters and the momentum follow the average of what the replicas have moved."""
+        self._freeze(part, step)
+        part.end()
+        part.bucket.publish()
+
     def _end_round(self, step: int) -> None:
         """Average what the replicas have moved."""
-        # While no rate was positive nothing has moved; the momentum is then averaged as it is.
-        moved = all(part.rates for part in self._rounds)
+        # While no rate of a group was positive nothing of it has moved; its momentum is then averaged as it is.
+        moved = [bool(part.rates) for part in self._rounds]
         for part in self._rounds:
-            if not moved:
+            if not part.rates:
                 part.bucket.exchanged.copy_(part.new_momentum)
-                part.rates = 0.0
         self._exchange(compressed=moved)
         one_step = all(part.steps == 1 for part in self._rounds)
         if one_step:

@@ -1,5 +1,7 @@
 """Divides a stage over its replicas."""
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -7,13 +9,20 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
+from penstock.compression.sharded import CompressedReduceScatter
 from penstock.pipe.stage import Stage
 from penstock.runtime.sharding.communication import GatherParameters, ScatterGradients
 
 
 def shard_stage(
-    stage: Stage, *, group: dist.ProcessGroup, reshard_after_forward: bool, meter: Meter, watcher: Watcher
-) -> None:
+    stage: Stage,
+    *,
+    group: dist.ProcessGroup,
+    reshard_after_forward: bool,
+    compress: Callable[[], CompressedReduceScatter] | None = None,
+    meter: Meter,
+    watcher: Watcher,
+) -> dict[str, CompressedReduceScatter]:
     """Divide a stage's layers over its replicas, in place: each layer's parameters are gathered where it runs.
 
     Tied weights stay whole on every replica: their gradients are summed over stages, and functions that use them
@@ -25,8 +34,12 @@ def shard_stage(
         reshard_after_forward: Free a layer's gathered parameters after every forward pass and gather them again for
             its backward pass: less memory, and an all-gather for every pass of every micro-batch. Otherwise they stay
             until the step's last backward pass.
+        compress: Makes what reduces a layer's gradients; None reduces them as they are.
         meter: Counts the bytes (``replicas``).
         watcher: Told of the waits.
+
+    Returns:
+        What ``compress`` made, by the layers' names.
     """
     mesh = DeviceMesh.from_group(group, stage.device.type)
     tied: set[nn.Parameter] = {parameter for pairs in stage.tied.values() for _, parameter in pairs}
@@ -34,10 +47,16 @@ def shard_stage(
         if any(parameter not in tied for parameter in module.parameters()):
             fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=tied)
     fully_shard(stage, mesh=mesh, reshard_after_forward=reshard_after_forward, ignored_params=tied)
-    for module in stage.modules():
+    compressed: dict[str, CompressedReduceScatter] = {}
+    for name, module in stage.named_modules():
         if isinstance(module, FSDPModule):
             # Gradients are scaled by the weight of their micro-batches, not by the number of replicas.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_custom_all_gather(GatherParameters(meter, watcher, stage.index))
-            module.set_custom_reduce_scatter(ScatterGradients(meter, watcher, stage.index))
+            if compress is None:
+                module.set_custom_reduce_scatter(ScatterGradients(meter, watcher, stage.index))
+            else:
+                compressed[f"stage_{stage.index}.{name}"] = scatter = compress()
+                module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+    return compressed
