@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.compression.bandwidth_prediction import NETWORK, measure_ranks
 from penstock.compression import (
     DDPCompression,
     DiLoCo,
@@ -34,6 +35,7 @@ from penstock.compression.local import LocalUpdates
 LAYERS: Final = 16
 WIDTH: Final = 1250
 PARAMETERS: Final = LAYERS * (WIDTH + 1) * WIDTH
+SHAPES: Final = [shape for _ in range(LAYERS) for shape in ((WIDTH, WIDTH), (WIDTH,))]
 COMPUTE_S: Final = 0.1
 PERIOD: Final = 30
 """Steps between two meetings of the methods that train apart."""
@@ -74,6 +76,8 @@ def make(contender: str) -> Run:
         # One step of warm-up: from then on the momentum is compressed.
         return model, OneBitAdam(model.parameters(), lr=1e-6, freeze_step=1), nullcontext()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    if contender == NETWORK:
+        return model, optimizer, nullcontext()  # its compute alone
     if kind == "DiLoCo":
         return model, optimizer, DiLoCo(optimizer, PERIOD, algorithm=None if name == "float32" else name)
     if kind == "SparseLoCo":
@@ -138,6 +142,8 @@ def main(contender: str) -> None:
     dist.init_process_group("gloo")
     result = measure(contender)
     result["median"] = statistics.median(result["seconds"])
+    if contender == NETWORK:
+        result |= measure_ranks()
     print(json.dumps(result), flush=True)
     dist.barrier()
     os._exit(0)  # torch's PowerSGD leaves threads behind that do not end

@@ -102,14 +102,16 @@ def settings(stages: int, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("stages", "section"),
+    ("stages", "schedule", "section"),
     [
-        (2, {"algorithm": "int8", "options": {"stochastic": True}, "warmup_steps": 2}),
-        (1, {"algorithm": "topk_int2", "error_feedback": "ef21"}),
+        (2, "zb_h1", {"algorithm": "int8", "options": {"stochastic": True}, "warmup_steps": 2}),
+        (1, "1f1b", {"algorithm": "topk_int2", "error_feedback": "ef21"}),
     ],
 )
-def test_sharded_runs_resume_to_the_bit(pool: WorkerPool, tmp_path: Path, stages: int, section: dict[str, Any]) -> None:
-    made = settings(stages, compression=section)
+def test_sharded_runs_resume_to_the_bit(
+    pool: WorkerPool, tmp_path: Path, stages: int, schedule: str, section: dict[str, Any]
+) -> None:
+    made = settings(stages, schedule=schedule, compression=section)
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
     whole = pool.run(resume_job, 2 * stages, made, str(tmp_path / "whole"), False, 6, 100, deadline_s=100)
