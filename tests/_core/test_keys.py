@@ -1,6 +1,6 @@
 import numpy as np
 
-from penstock._core.keys import derive, random_floats, random_words
+from penstock._core.keys import derive, random_floats, random_rows, random_words
 
 
 def test_keys_depend_on_order_type_and_value() -> None:
@@ -27,8 +27,14 @@ def test_words_follow_the_reference_of_splitmix64() -> None:
         return x ^ (x >> 31)
 
     golden = 0x9E3779B97F4A7C15
-    words = random_words(42, np.arange(5))
-    assert [int(w) for w in words] == [mix((mix((i * golden + 42) & mask) + golden) & mask) for i in range(5)]
+
+    def word(key: int, counter: int) -> int:
+        return mix((mix((counter * golden + key) & mask) + golden) & mask)
+
+    assert random_words(42, np.arange(5)).tolist() == [word(42, i) for i in range(5)]
+    starts = [0, 7, 2**64 - 2]  # the last row's counters wrap
+    expected = [[word(2**63 + 5, (start + i) & mask) for i in range(4)] for start in starts]
+    assert random_rows(2**63 + 5, np.array(starts, dtype=np.uint64), 4).tolist() == expected
 
 
 def test_floats_are_uniform() -> None:

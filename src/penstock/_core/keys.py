@@ -71,9 +71,29 @@ def random_words(key: int, counters: npt.NDArray[np.integer]) -> U64Array:
         An array of ``uint64`` of the same shape.
     """
     state = np.array(counters, dtype=np.uint64)
-    spare = np.empty_like(state)
     np.multiply(state, _GOLDEN, out=state)
-    np.add(state, np.uint64(key & MASK64), out=state)
+    return _words(np.add(state, np.uint64(key & MASK64), out=state))
+
+
+def random_rows(key: int, starts: U64Array, length: int) -> U64Array:
+    """Rows of random words: row ``b`` is ``random_words(key, starts[b] + np.arange(length))``.
+
+    Args:
+        key: From :func:`derive`.
+        starts: The first counter of each row, ``[B]``; counters wrap modulo ``2**64``.
+        length: Words of each row.
+
+    Returns:
+        An array of ``uint64``, ``[B, length]``.
+    """
+    steps = np.arange(length, dtype=np.uint64)
+    np.multiply(steps, _GOLDEN, out=steps)
+    return _words((starts * _GOLDEN + np.uint64(key & MASK64))[:, None] + steps)
+
+
+def _words(state: U64Array) -> U64Array:
+    """The words of a generator in these states, in their place."""
+    spare = np.empty_like(state)
     _mix_in_place(state, spare)
     np.add(state, _GOLDEN, out=state)
     return _mix_in_place(state, spare)

@@ -90,7 +90,9 @@ def test_the_smallest_words_are_found_even_if_their_upper_halves_are_tied(rows, 
     words = np.array([rng.choice(min(spread, 2**62), length, replace=False) for _ in range(rows)], dtype=np.uint64)
     words[:, : length // 2] |= np.uint64(2**63)
     expected = [sorted(sorted(range(length), key=lambda token: int(row[token]))[:count]) for row in words]
-    assert smallest(words, count).tolist() == expected
+    found = np.empty((rows, count), np.int32)
+    smallest(words, count, out=found)
+    assert found.tolist() == expected
 
 
 def test_two_layers_choose_independently_for_the_same_sample():

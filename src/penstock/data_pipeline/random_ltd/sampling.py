@@ -5,17 +5,18 @@ kept size is equally likely. With a key, the words of a row are a pure function 
 the run, token): neither the split into micro-batches, replicas and stages nor the order of the calls has a say.
 """
 
+import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from penstock._core.keys import U64Array, derive, random_words
+from penstock._core.keys import U64Array, derive, random_rows, random_words
 
 _PURPOSE = "random_ltd"
+_UPPER = 1 if sys.byteorder == "little" else 0  # which half of a word in memory
 _LONGEST_ON_GPU = 32768  # one program of the kernel holds a row
 
 
@@ -110,34 +111,33 @@ def keyed_indices(
     Returns:
         int32 of shape ``[len(layer_ids), len(positions), reserved_length]``, increasing along the last dimension.
     """
-    tokens = np.arange(seq_length, dtype=np.uint64)
     kept = np.empty((len(layer_ids), len(positions), reserved_length), dtype=np.int32)
     for at, layer in enumerate(layer_ids):
         # A word is a bijection of its counter, so the words of a row are distinct.
-        key_of_tokens, starts = _streams(key, positions, layer)
-        kept[at] = smallest(random_words(key_of_tokens, starts[:, None] + tokens), reserved_length)
+        smallest(random_rows(*_streams(key, positions, layer), seq_length), reserved_length, out=kept[at])
     return kept
 
 
-def smallest(words: U64Array, count: int) -> npt.NDArray[np.int64]:
+def smallest(words: U64Array, count: int, out: npt.NDArray[np.int32]) -> None:
     """Where the ``count`` smallest words of each row are, in order of place; the words of a row must be distinct.
 
     No sort is needed: everything up to the ``count``-th smallest is looked for in order. The upper halves of the words
-    decide, in half the time, unless two are tied just there; then the whole words do.
+    decide, in half the time, unless two are tied just there; then the whole words of that row do.
+
+    Args:
+        words: ``[B, S]``, contiguous.
+        count: From 1 to S.
+        out: ``[B, count]``; filled.
     """
-    rows, length = words.shape
-    places = _up_to_the_last((words >> np.uint64(32)).astype(np.uint32), count)
-    if places.size != rows * count:
-        places = _up_to_the_last(words, count)
-    first: npt.NDArray[np.int64] = length * np.arange(rows)
-    return places.reshape(rows, count) - first[:, None]
-
-
-def _up_to_the_last(words: npt.NDArray[np.uint32] | npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
-    """Places, over all rows, of what is not larger than the ``count``-th smallest of its row."""
-    last: npt.NDArray[Any] = np.partition(words, count - 1, axis=1)[:, count - 1, None]
-    places: npt.NDArray[np.int64] = np.flatnonzero(words <= last)
-    return places
+    upper = words.view(np.uint32)[:, _UPPER::2].copy()
+    in_parts = upper.copy()
+    in_parts.partition(count - 1, axis=1)
+    among = upper <= in_parts[:, count - 1, None]
+    for row, row_words in enumerate(words):
+        places = among[row].nonzero()[0]
+        if places.size != count:
+            places = (row_words <= np.partition(row_words, count - 1)[count - 1]).nonzero()[0]
+        out[row] = places
 
 
 def gather_mask(mask: Tensor, indices_BK: Tensor) -> Tensor:
