@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import penstock
+from penstock._core.batch_key import BatchKey, entered
+from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, RandomLTDScheduler, convert_to_random_ltd
 from penstock.models import gpt_loss, hf_layers, hf_names, load_hf_weights
 from penstock.pipe import PipelineModule
 from penstock.runtime.checkpoint import Checkpoint
@@ -180,3 +182,43 @@ def test_wrong_inputs_and_weights_are_refused() -> None:
         load_hf_weights(model, {name: tensor for name, tensor in weights.items() if name != "layer_000.tokens.weight"})
     with pytest.raises(ValueError, match=r"lm_head.weight: the run's layer_005.head.weight has the shape \(1,\)"):
         load_hf_weights(model, weights | {"layer_005.head.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_layers_that_drop_tokens_do_what_those_of_the_model_do(name: str, masked: bool) -> None:
+    """Positions and padding follow the kept tokens."""
+    section = {
+        "total_layer_num": 3,
+        "random_ltd_layer_num": 2,
+        "random_ltd_layer_id": [0, 1],
+        "random_ltd_schedule": {
+            "min_value": 5,
+            "max_value": LENGTH,
+            "schedule_config": {"require_steps": 10, "seq_per_step": 1},
+        },
+    }
+    ids_BS, mask_BS, _ = batch()
+    key = BatchKey(seed=1, step=0, micro_batch=0, positions=(40, 7))
+    stage = PipelineModule(hf_layers(build(name)), num_stages=1).build_stage(0, dtype=torch.float64)
+    scheduler = RandomLTDScheduler(section)
+    first = 2 if name == "gpt2" else 1
+
+    def dropping(index: int, layer: torch.nn.Module) -> torch.nn.Module | None:
+        if index - first not in (0, 1):
+            return None
+        wrapper = RandomLayerTokenDrop(layer, **scheduler.config.layer_options(index - first))
+        scheduler.attach(wrapper)
+        return wrapper
+
+    stage.wrap_layers(dropping)
+    blocks = "transformer.h" if name == "gpt2" else "model.layers"
+    model = convert_to_random_ltd(build(name).train(), tuple(f"{blocks}.{number}" for number in range(3)), section)
+    mask = mask_BS if masked else None
+    with entered(key):
+        expected = model(input_ids=ids_BS, attention_mask=mask).logits
+        found = stage({"input_ids": ids_BS, "attention_mask": mask_BS} if masked else ids_BS)
+        plain = build(name)(input_ids=ids_BS, attention_mask=mask).logits
+    rows = mask_BS.bool() if masked else torch.ones_like(mask_BS).bool()
+    torch.testing.assert_close(found[rows], expected[rows], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(found[rows], plain[rows], rtol=1e-3)

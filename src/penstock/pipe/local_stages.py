@@ -68,8 +68,12 @@ class LocalStages(nn.Module):
         return chain.from_iterable(stage.canonical_modules() for stage in self.parts)
 
     def canonical_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """See :meth:`Stage.canonical_parameters`; a weight tied between two of the stages has two copies here."""
-        return chain.from_iterable(stage.canonical_parameters() for stage in self.parts)
+        """See :meth:`Stage.canonical_parameters`; one that two of the stages share comes once."""
+        seen: set[int] = set()
+        for name, parameter in chain.from_iterable(stage.canonical_parameters() for stage in self.parts):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
 
     @property
     def tied(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -79,6 +83,17 @@ class LocalStages(nn.Module):
             for key, named in stage.tied.items():
                 found.setdefault(key, named)
         return found
+
+
+def share_tied(stages: Sequence[Stage]) -> None:
+    """Let a tied weight that several stages of a rank use be one parameter: one copy, one gradient, one state.
+
+    Args:
+        stages: Whose copies are equal; all replicas share alike.
+    """
+    known: dict[tuple[str, str], nn.Parameter] = {}
+    for stage in stages:
+        stage.share_tied(known)
 
 
 AnyStages = Stage | LocalStages

@@ -206,6 +206,19 @@ class Stage(nn.Module):
                 found[tie.key] = [(f"{prefix}.{name}", module.get_parameter(name)) for name in tie.attributes]
         return found
 
+    def share_tied(self, known: dict[tuple[str, str], nn.Parameter]) -> None:
+        """Use the tied weights of an earlier stage of this rank in place of copies, and tell later ones of these.
+
+        Args:
+            known: By tie key and attribute, what earlier stages hold; this stage's other tied weights are added.
+        """
+        for index, tie in self._ties.items():
+            module = self._canonical[index]
+            for attribute in tie.attributes:
+                shared = known.setdefault((tie.key, attribute), module.get_parameter(attribute))
+                path, _, name = attribute.rpartition(".")
+                module.get_submodule(path).register_parameter(name, shared)
+
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which layers and the loss are computed."""
         if self.autocast_dtype is None:

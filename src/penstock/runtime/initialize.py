@@ -27,7 +27,7 @@ from penstock.compression.buckets import NamedParameter
 from penstock.pipe.agreement import agree
 from penstock.pipe.engine import PipelineEngine
 from penstock.pipe.groups import PipeGroups, tied_ranks
-from penstock.pipe.local_stages import AnyStages, LocalStages
+from penstock.pipe.local_stages import AnyStages, LocalStages, share_tied
 from penstock.pipe.module import PipelineModule
 from penstock.pipe.stage import Stage
 from penstock.runtime.activation_codec import activation_codecs
@@ -143,7 +143,9 @@ def initialize(
         stage.autocast_dtype = autocast_dtype
         copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
         if groups.model is not None:
-            _divide(stages, groups.model, meter, watcher)
+            _divide(stages, groups.model, meter, watcher)  # each stage its own copies: parts lie on the stage's mesh
+        else:
+            share_tied(stages)
         # What the plain run would exchange: each replica whole, but a tensor-parallel rank its part.
         gradient_bytes = sum(here(p).nbytes for p in stage.parameters() if p.requires_grad)
         scatters = {}
