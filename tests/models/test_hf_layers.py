@@ -70,10 +70,10 @@ def build(name: str) -> Any:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, a mask of padding at the end, and labels as the models take them: not shifted, -100 at padding."""
+    """Ids, a mask with a hole, and labels as the models take them: not shifted, -100 in the hole."""
     ids_BS = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     mask_BS = torch.ones_like(ids_BS)
-    mask_BS[1, -3:] = 0
+    mask_BS[1, 4:7] = 0  # later tokens would look there
     return ids_BS, mask_BS, ids_BS.masked_fill(mask_BS == 0, -100)
 
 
