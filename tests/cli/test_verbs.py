@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,6 +97,49 @@ def test_inspect_verifies_every_token(dataset: Path) -> None:
     bad = run("inspect", dataset, "--verify")
     assert bad.exit_code == 1
     assert "some bytes belong to no sequence" in bad.output
+
+
+def test_inspect_tables_and_arrays(tmp_path: Path) -> None:
+    rows = [[3, 1], [4], [], [1, 5, 9]]
+    table = pa.table({"id": [1, 2, 3, 4], "words": rows})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(row) for row in table.to_pylist()))
+    for name in ("a.parquet", "b.jsonl"):
+        good = run("inspect", tmp_path / name, "--column", "words", "--verify")
+        assert good.exit_code == 0, good.output
+        for line in (
+            "rows           4\n",
+            "column         words (lists)\n",
+            "lengths        0 to 3, 1.5 on average\n",
+            "tokens         6 (int64)\n",
+            "token numbers  1 to 9\n",
+        ):
+            assert line in good.output
+        unclear = run("inspect", tmp_path / name)
+        assert unclear.exit_code == 2
+        assert "which column? It has id, words" in unclear.output
+    assert "column  id (single values)" in run("inspect", tmp_path / "a.parquet", "--column", "id").output
+    np.save(tmp_path / "c.npy", np.array([[2, -1], [0, 7]]))
+    assert run("inspect", tmp_path / "c.npy").exit_code == 0
+    negative = run("inspect", tmp_path / "c.npy", "--verify")
+    assert negative.exit_code == 1
+    assert "the smallest token is -1" in negative.output
+    for name, kept in (("a.parquet", 300), ("c.npy", 130), ("b.jsonl", -3)):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
+        cut = run("inspect", tmp_path / name)
+        assert cut.exit_code == 1, cut.output
+        assert f"problem: {tmp_path / name}" in cut.output
+
+
+def test_inspect_a_saved_hugging_face_dataset(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.DatasetDict({name: datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]}) for name in "ab"})
+    parts.save_to_disk(str(tmp_path / "d"))
+    assert "tokens         3 (int" in run("inspect", tmp_path / "d" / "a", "--verify").output
+    for verb in (("inspect",), ("analyze", tmp_path / "out")):
+        whole = run(verb[0], tmp_path / "d", *verb[1:])
+        assert whole.exit_code == 2
+        assert "several datasets by save_to_disk; name one: a, b" in whole.output
 
 
 def test_split_and_merge(dataset: Path, tmp_path: Path) -> None:

@@ -272,7 +272,8 @@ class DataSection(Section):
     Attributes:
         train: Path of the training data: a ``.bin/.idx`` prefix, Parquet or JSONL; or a table of such paths by name,
             whose weights are ``sampling.mixture``. None when an object is given.
-        heldout: Path of the held-out data; None evaluates on nothing.
+        heldout: Path of the held-out data, of any kind that holds tokens; rows of a table are laid end to end. None
+            evaluates on nothing.
         tokenizer: Path of the ``tokenizer.json`` that made the tokens: gives the vocabulary's size and bits per byte.
         sequence_length: Tokens per training sample; None takes ``model.context``.
         cut: How a token corpus becomes samples. ``windows``: its documents end to end, in windows of

@@ -10,7 +10,9 @@ import torch
 from penstock.data_pipeline.configuration import validate_config
 from penstock.data_pipeline.data_sampling.mixture import MixtureConfig
 from penstock.data_pipeline.datasets import TokenWindows, open_dataset
-from penstock.data_pipeline.datasets.indexed import IndexedDataset
+from penstock.data_pipeline.datasets.indexed import IndexedDataset, idx_path
+from penstock.data_pipeline.datasets.remote import is_remote, remote_is_pair
+from penstock.data_pipeline.datasets.tables import TableColumn
 from penstock.data_pipeline.datasets.tokenize import load_tokenizer
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine import Engine
@@ -21,23 +23,38 @@ _ROWS: Final = 4096
 
 
 def heldout_windows(config: TrainConfig) -> TokenWindows:
-    """The held-out text in windows of the run's sequence length.
+    """The held-out text in windows of the run's sequence length; the rows of a table are laid end to end.
 
     Raises:
-        ValueError: The configuration names none, no sequence length, or fewer windows than one global batch.
+        ValueError: The configuration names none, no sequence length, fewer windows than one global batch, or something
+            else than tokens.
     """
     path, length = config.data.heldout, config.sequence_length
     if path is None:
-        raise ValueError("there is no held-out data: set data.heldout to a .bin/.idx prefix")
+        raise ValueError("there is no held-out data: set data.heldout to a dataset of tokens")
     if length is None:
         raise ValueError("held-out windows need a length: set data.sequence_length or model.context")
-    windows = TokenWindows(IndexedDataset(path), length)
+    windows = TokenWindows(_token_stream(path, config.data.column), length)
     if len(windows) < config.train.global_batch_size:
         raise ValueError(
             f"{path}: {len(windows)} held-out windows of {length} tokens do not fill one global batch of "
             f"{config.train.global_batch_size}; hold out more text or lower train.global_batch_size"
         )
     return windows
+
+
+def _token_stream(path: str, column: str | None) -> IndexedDataset | npt.NDArray[np.integer[Any]]:
+    """All tokens of a dataset one after another: mapped where they lie so, else in memory."""
+    # The column is the training table's too, and one of the two may be no table.
+    pair = remote_is_pair(path) if is_remote(path) else idx_path(path).is_file()
+    dataset = open_dataset(path, column=None if pair or path.endswith(".npy") else column)
+    if isinstance(dataset, TableColumn) and dataset.is_tokens:
+        return np.concatenate([np.empty(0, dtype=np.uint8), *dataset.streams()])
+    if isinstance(dataset, np.ndarray):
+        return dataset.reshape(-1)
+    if not isinstance(dataset, IndexedDataset):
+        raise ValueError(f"{path}: held-out data is tokens, which {dataset!r} is not; tokenize it: penstock tokenize")
+    return dataset
 
 
 def heldout_loss(engine: Engine, windows: TokenWindows) -> tuple[float, npt.NDArray[np.integer[Any]]]:

@@ -12,15 +12,19 @@ from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_json, rea
 from penstock.compression.archive import compressed_by
 from penstock.data_pipeline.data_sampling.analysis import Analysis
 from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
+from penstock.data_pipeline.datasets.open import check_one_dataset, is_saved_dataset, open_dataset
 from penstock.data_pipeline.datasets.rearrange import check_tokens
+from penstock.data_pipeline.datasets.tables import TABLE_SUFFIXES, TableColumn
+from penstock.data_pipeline.datasets.text import kind_of
 from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkpoints
 from penstock.runtime.metrics_log import read_metrics
 from penstock.runtime.run_directory import CHECKPOINTS_NAME, METRICS_NAME
 from penstock.runtime.units import quantity
 
 _UNDERSTOOD = (
-    "what can be inspected: a dataset (PREFIX of .bin/.idx, or one of the two), a .safetensors file, an analysis, "
-    "a checkpoint, a directory of checkpoints, a run's directory, and any directory sealed with a manifest"
+    "what can be inspected: a dataset (PREFIX of .bin/.idx or one of the two, Parquet, Arrow, JSON lines, .npy, or a "
+    "directory by Hugging Face's save_to_disk), a .safetensors file, an analysis, a checkpoint, a directory of "
+    "checkpoints, a run's directory, and any directory sealed with a manifest"
 )
 
 
@@ -29,7 +33,7 @@ class Finding:
     """What :func:`inspect_path` found.
 
     Attributes:
-        kind: ``dataset``, ``tensors``, ``analysis``, ``checkpoint``, ``checkpoints``, ``run`` or
+        kind: ``dataset``, ``table``, ``array``, ``tensors``, ``analysis``, ``checkpoint``, ``checkpoints``, ``run`` or
             ``sealed directory``.
         facts: What is in it, for people, in order.
         problems: What is wrong with it; empty when it is intact.
@@ -45,12 +49,13 @@ class Finding:
         return not self.problems
 
 
-def inspect_path(path: str | os.PathLike[str], *, verify: bool = False) -> Finding:
+def inspect_path(path: str | os.PathLike[str], *, verify: bool = False, column: str | None = None) -> Finding:
     """Look at what lies at a path, and verify it: every checksum where there are checksums.
 
     Args:
         path: Where to look.
         verify: Of a dataset, read every token too, and account for every byte.
+        column: Of a table, which column; see :class:`TableColumn`.
 
     Raises:
         ValueError: There is nothing, or nothing that is understood.
@@ -62,12 +67,15 @@ def inspect_path(path: str | os.PathLike[str], *, verify: bool = False) -> Findi
         raise ValueError(f"{place}: there is no such file, directory or dataset; {_UNDERSTOOD}")
     if place.suffix == ".safetensors":
         return _tensors(place)
+    if kind_of(place) in (*TABLE_SUFFIXES, ".npy") or is_saved_dataset(place):
+        return _rows(place, column, verify=verify)
     if not place.is_dir():
         raise ValueError(f"{place}: not understood; {_UNDERSTOOD}")
     if (place / CHECKPOINTS_NAME).is_dir() or (place / METRICS_NAME).is_file():
         return _run(place)
     if list_checkpoints(place.parent) and place.name.startswith("step_"):
         return _checkpoint(place)
+    check_one_dataset(place)
     if not (place / MANIFEST_NAME).is_file():
         if place.name == CHECKPOINTS_NAME or list_checkpoints(place):
             return _checkpoints(place)
@@ -96,6 +104,36 @@ def _dataset(place: Path, *, verify: bool) -> Finding:
         found.facts["token numbers"] = f"{checked.smallest:,} to {checked.largest:,}"
         found.facts["empty"] = counted(checked.empty, "sequence", "sequences")
         found.problems += checked.problems
+    return found
+
+
+def _rows(place: Path, column: str | None, *, verify: bool) -> Finding:
+    """A table or an array, as a run would open it."""
+    found = Finding("array" if kind_of(place) == ".npy" else "table")
+    try:
+        rows = open_dataset(place, column=column)
+    except CorruptFileError as error:
+        found.problems.append(str(error))
+        return found
+    found.facts["rows"] = f"{len(rows):,}"
+    pieces = [rows]
+    if isinstance(rows, TableColumn):
+        found.facts["column"] = f"{rows.column} ({'lists' if rows.is_tokens else 'single values'})"
+        pieces = list(rows.streams()) if rows.is_tokens else []
+        if rows.is_tokens and len(rows):
+            lengths = rows.lengths
+            found.facts["lengths"] = f"{lengths.min():,} to {lengths.max():,}, {lengths.mean():.1f} on average"
+    if pieces:
+        found.facts["tokens"] = f"{sum(piece.size for piece in pieces):,} ({pieces[0].dtype})"
+    found.facts["size"] = quantity(
+        sum(file.stat().st_size for file in [place, *place.rglob("*")] if file.is_file()), "B"
+    )
+    filled = [piece for piece in pieces if piece.size]
+    if verify and filled:
+        low, high = min(piece.min() for piece in filled), max(piece.max() for piece in filled)
+        found.facts["token numbers"] = f"{low:,} to {high:,}"
+        if not low >= 0:  # not a number, too
+            found.problems.append(f"{place}: the smallest token is {low}; token numbers begin at 0")
     return found
 
 

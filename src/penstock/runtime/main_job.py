@@ -91,8 +91,6 @@ def train(
             "data.heldout and train.eval_every"
         )
     _check_vocabulary(config)
-    if config.data.heldout is not None:
-        heldout_windows(config)
     if processes == 1:
         return _train(config, folder, resume=resume)
     arguments = ["train", *([str(config_path)] if config_path else []), "--output", str(folder)]
@@ -216,10 +214,12 @@ def _check_vocabulary(config: TrainConfig) -> None:
     vocab_size = model.module_args[0].vocab_size
     train = config.data.train
     named = {"data.train": train} if not isinstance(train, dict) else {f"data.train.{k}": v for k, v in train.items()}
-    for name, path in [*named.items(), ("data.heldout", config.data.heldout)]:
-        if path is None or not idx_path(path).is_file():
-            continue
-        largest = int(IndexedDataset(path).tokens[:_TOKENS_CHECKED].max(initial=0))
+    corpora = {name: (path, IndexedDataset(path)) for name, path in named.items() if idx_path(path).is_file()}
+    if config.data.heldout is not None:
+        corpora["data.heldout"] = (config.data.heldout, heldout_windows(config).source)
+    for name, (path, corpus) in corpora.items():
+        tokens = corpus.tokens if isinstance(corpus, IndexedDataset) else corpus
+        largest = int(tokens[:_TOKENS_CHECKED].max(initial=0))
         if largest >= vocab_size:
             raise ValueError(
                 f"{name}: {path} holds the token {largest}, but the model's vocabulary is {vocab_size}; set "

@@ -114,20 +114,25 @@ def test_the_reference_model_sees_one_document_at_a_time(tmp_path: Path, positio
                 torch.testing.assert_close(together[row, places], alone)
 
 
-def test_a_hugging_face_model_sees_one_document_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_a_hugging_face_model_sees_one_document_at_a_time(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config).double().eval()
+    if name == "Llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+    else:
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, **sizes))
+    model = model.double().eval()
     _, batch = packed_batch(tmp_path)
     mask = document_mask(batch["document_ids"])
     with torch.no_grad():
         together = model(batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"]).logits
-        owners = batch["document_ids"][0]
-        for owner in owners.unique():
-            places = (owners == owner).nonzero().flatten()
-            torch.testing.assert_close(together[0, places], model(batch["input_ids"][0, places][None]).logits[0])
+        for row, owners in enumerate(batch["document_ids"]):
+            for owner in owners.unique():
+                places = (owners == owner).nonzero().flatten()
+                alone = model(batch["input_ids"][row, places][None]).logits[0]
+                torch.testing.assert_close(together[row, places], alone)
 
 
 def test_lengths_for_kernels_over_sequences_of_varying_length() -> None:

@@ -58,6 +58,7 @@ class Encoder:
                 f"the tokenizer has no token {end_of_text!r} to end documents with; name one it has with end_of_text "
                 "(--end-of-text), or None ('') for none"
             )
+        self._end_of_text = end_of_text
         self._ending = [] if end is None else [end]
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
@@ -65,6 +66,9 @@ class Encoder:
         self._tokenizer.encode_special_tokens = True
         # The largest number, not how many there are: added tokens may leave holes.
         self.dtype = np.dtype(smallest_token_dtype(1 + max(tokenizer.get_vocab().values(), default=0)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Encoder, (self._tokenizer, self._end_of_text)  # a pickled tokenizer forgets how it treats special tokens
 
     def encode(self, texts: list[str]) -> EncodedTexts:
         """Encode documents, on all cores unless ``TOKENIZERS_PARALLELISM`` says no."""

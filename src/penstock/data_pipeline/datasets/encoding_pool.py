@@ -12,19 +12,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from penstock.data_pipeline.datasets.encoder import EncodedTexts, Encoder, encode_alone
 from penstock.data_pipeline.datasets.text_batches import Place, TextBatch
 
 
 def encode_in_order(
-    batches: Iterable[TextBatch],
-    files: Sequence[Path],
-    tokenizer: Tokenizer,
-    *,
-    end_of_text: str | None,
-    workers: int,
+    batches: Iterable[TextBatch], files: Sequence[Path], encoder: Encoder, *, workers: int
 ) -> Iterator[tuple[TextBatch, EncodedTexts]]:
     """Encode batches in several processes while this one reads ahead; at most three batches a worker are in memory.
 
@@ -33,8 +26,7 @@ def encode_in_order(
     Args:
         batches: What to encode.
         files: The files that places count, for messages.
-        tokenizer: What encodes.
-        end_of_text: The token that ends every document; None appends nothing.
+        encoder: What encodes.
         workers: How many processes.
 
     Yields:
@@ -44,9 +36,9 @@ def encode_in_order(
         ValueError: A document cannot be encoded; the message names its file and number.
         RuntimeError: A worker was killed.
     """
-    # Where it is safe a fork saves the workers all imports; they load a tokenizer of their own.
+    # Where it is safe, a fork saves the workers all imports, and a tokenizer each.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, context, _begin, (tokenizer.to_str(), end_of_text))
+    pool = ProcessPoolExecutor(workers, context, _begin, (encoder,))
     waiting: deque[tuple[TextBatch, Future[EncodedTexts | _Refused]]] = deque()
 
     def first() -> tuple[TextBatch, EncodedTexts]:
@@ -86,13 +78,13 @@ class _Refused:
 _encoder: Encoder | None = None
 
 
-def _begin(tokenizer: str, end_of_text: str | None) -> None:
+def _begin(encoder: Encoder) -> None:
     """What a worker does first."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says what becomes of it
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     encode_alone()
-    _encoder = Encoder(Tokenizer.from_str(tokenizer), end_of_text)
+    _encoder = encoder
 
 
 def _leave_with_parent() -> None:

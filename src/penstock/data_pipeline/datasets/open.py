@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from penstock._core.files import CorruptFileError
 from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
 from penstock.data_pipeline.datasets.remote import fetch, fetch_pair, is_remote, remote_is_pair
 from penstock.data_pipeline.datasets.text import PLAIN, kind_of
@@ -71,12 +72,13 @@ def _open_path(path: Path, column: str | None) -> Any:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            raise ValueError(f"{path}: not a readable array ({error})") from None
+            raise CorruptFileError(f"{path}: not a readable array ({error})") from None
     if suffix in PLAIN and path.exists():
         raise ValueError(f"{path}: text must become tokens first: penstock tokenize {path}. {_UNDERSTOOD}")
     if not path.exists():
         raise ValueError(f"{path}: there is no such file, nor {path}.bin with {path}.idx. {_UNDERSTOOD}")
     if path.is_dir() and not is_saved_dataset(path):
+        check_one_dataset(path)
         raise ValueError(f"{path}: a directory; name a file in it. {_UNDERSTOOD}")
     from penstock.data_pipeline.datasets.tables import TABLE_SUFFIXES, read_table
 
@@ -109,6 +111,13 @@ def _open_object(source: Any, column: str | None) -> Any:
 def is_saved_dataset(path: Path) -> bool:
     """Whether a directory is one that Hugging Face's ``save_to_disk`` wrote of a dataset."""
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def check_one_dataset(folder: Path) -> None:
+    """Refuse a directory by Hugging Face's ``save_to_disk`` of several datasets, and name them."""
+    saved = sorted(part.name for part in folder.iterdir() if is_saved_dataset(part))
+    if saved:
+        raise ValueError(f"{folder}: several datasets by save_to_disk; name one: {', '.join(saved)}")
 
 
 def _refuse_column(column: str | None, source: Any) -> None:

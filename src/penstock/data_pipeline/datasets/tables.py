@@ -72,6 +72,15 @@ class TableColumn:
     def __iter__(self) -> Iterator[Any]:
         return (self[row] for row in range(len(self)))
 
+    def streams(self) -> Iterator[npt.NDArray[Any]]:
+        """The numbers of all rows of a list column end to end, in read-only pieces as they lie in memory.
+
+        Raises:
+            ValueError: It is not a list column.
+        """
+        self._check_lists()
+        return (values[offsets[0] : offsets[-1]] for values, offsets in self._flat)
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Numbers in each row of a list column, int64.
@@ -79,10 +88,13 @@ class TableColumn:
         Raises:
             ValueError: It is not a list column.
         """
-        if not self.is_tokens:
-            raise ValueError(f"{self.source}: column {self.column!r} holds no lists, so its rows have no length")
+        self._check_lists()
         parts = [np.diff(offsets) for _, offsets in self._flat]
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+
+    def _check_lists(self) -> None:
+        if not self.is_tokens:
+            raise ValueError(f"{self.source}: column {self.column!r} holds no lists, so its rows have no length")
 
     def __repr__(self) -> str:
         return f"TableColumn({self.source}, column {self.column!r}, {len(self)} rows)"
@@ -115,7 +127,7 @@ def read_table(path: str | os.PathLike[str], column: str | None = None) -> Table
         else:
             raise ValueError(f"{file}: not a known kind of table; known suffixes: {', '.join(TABLE_SUFFIXES)}")
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
-        raise ValueError(f"{file}: not a readable {kind} table ({error})") from None
+        raise CorruptFileError(f"{file}: not a readable {kind} table ({error})") from None
     return TableColumn(table, column, source=str(file))
 
 

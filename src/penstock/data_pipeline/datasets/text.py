@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, Literal, get_args
 
+from penstock._core.files import CorruptFileError
 from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.datasets.remote import fetch, is_remote
 
@@ -163,7 +164,7 @@ class TextFile:
         try:
             table = pq.ParquetFile(self.path)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.path}: not a readable Parquet file ({error})") from None
+            raise CorruptFileError(f"{self.path}: not a readable Parquet file ({error})") from None
         with table:
             names = table.schema_arrow.names
             if self._field not in names:
@@ -188,7 +189,7 @@ def json_lines(file: Path, raw: IO[bytes]) -> Iterator[tuple[int, object]]:
                 try:
                     value = json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as error:
-                    raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from None
+                    raise CorruptFileError(f"{file}, line {number}: not valid JSON ({error})") from None
                 yield number, value
 
 
@@ -197,7 +198,7 @@ def _decoding(file: Path, raw: IO[bytes], place: Callable[[], str] = str) -> Ite
     """An open file as UTF-8 text, through its compression; a byte-order mark is dropped.
 
     Raises:
-        ValueError: It is broken; the message names the file, and the ``place`` as it is then.
+        CorruptFileError: It is broken; the message names the file, and the ``place`` as it is then.
     """
     suffix = file.suffix.lower()
     binary: Any = raw
@@ -211,14 +212,14 @@ def _decoding(file: Path, raw: IO[bytes], place: Callable[[], str] = str) -> Ite
         with io.TextIOWrapper(binary, encoding="utf-8-sig") as lines:
             yield lines
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}{place()}: not UTF-8 text ({error})") from None
+        raise CorruptFileError(f"{file}{place()}: not UTF-8 text ({error})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file}{place()}: the compressed file is cut short or broken ({error})") from None
+        raise CorruptFileError(f"{file}{place()}: the compressed file is cut short or broken ({error})") from None
     except OSError as error:
         if suffix != ".zst" or error.errno is not None:
             raise
         # pyarrow's way to say it; a disk's error has a number
-        raise ValueError(f"{file}{place()}: the compressed file is cut short or broken ({error})") from None
+        raise CorruptFileError(f"{file}{place()}: the compressed file is cut short or broken ({error})") from None
 
 
 def _plain(file: Path, raw: IO[bytes], split: Split) -> Iterator[str]:

@@ -97,11 +97,9 @@ def tokenize_files(
         raise ValueError(f"{', '.join(map(str, sources))}: there is nothing in the {len(files)} files")
     for file in files:
         TextFile(file, field, split).check()
-    encoding = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    trained = encoding is None
-    if encoding is not None:
-        Encoder(encoding, end_of_text)  # refuses an end that is not in the vocabulary
-    else:
+    given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    encoder = None if given is None else Encoder(given, end_of_text)
+    if given is None:
         check_bpe(vocab_size)
         if end_of_text not in (None, END_OF_TEXT):
             raise ValueError(f"a tokenizer that is trained ends documents with {END_OF_TEXT!r}, not {end_of_text!r}")
@@ -110,9 +108,9 @@ def tokenize_files(
         "field": field,
         "split": split,
         "end_of_text": end_of_text,
-        "tokenizer": f"trained, {vocab_size} tokens" if encoding is None else _digest(encoding),
+        "tokenizer": f"trained, {vocab_size} tokens" if given is None else _digest(given),
     }
-    _check_target(prefix, settings, trained=trained, overwrite=overwrite)
+    _check_target(prefix, settings, trained=given is None, overwrite=overwrite)
 
     def tell(what: str, documents: int, tokens: int, read_bytes: int) -> None:
         if progress is not None:
@@ -126,19 +124,17 @@ def tokenize_files(
             tell("training", documents, 0, batch.read_bytes)
 
     with UnfinishedTokens(prefix, settings) as unfinished:
-        if encoding is None and unfinished.tokenizer.is_file():
-            encoding = load_tokenizer(unfinished.tokenizer)
-        elif encoding is None:
-            tell("training", 0, 0, 0)
-            encoding = train_bpe(texts(), vocab_size=vocab_size)
-            save_tokenizer(encoding, unfinished.tokenizer)
-        dtype = Encoder(encoding, end_of_text).dtype
+        if encoder is None:
+            if not unfinished.tokenizer.is_file():
+                tell("training", 0, 0, 0)
+                save_tokenizer(train_bpe(texts(), vocab_size=vocab_size), unfinished.tokenizer)
+            encoder = Encoder(load_tokenizer(unfinished.tokenizer), end_of_text)
         tally = unfinished.tally
         tell("encoding", tally.documents, tally.tokens, tally.read_bytes)
         batches = read_batches(files, field, split, tally.place)
         sealed_at = time.monotonic()
-        for batch, encoded in encode_in_order(batches, files, encoding, end_of_text=end_of_text, workers=workers):
-            unfinished.add(batch, encoded, dtype)
+        for batch, encoded in encode_in_order(batches, files, encoder, workers=workers):
+            unfinished.add(batch, encoded)
             tally = unfinished.tally
             if unfinished.shard_tokens >= _SHARD_TOKENS or time.monotonic() - sealed_at > _SHARD_S:
                 unfinished.seal()
@@ -147,8 +143,8 @@ def tokenize_files(
         if not tally.documents:
             raise ValueError(f"nothing to write to {os.fspath(prefix)}: no document holds any text")
         tell("writing", tally.documents, tally.tokens, total_bytes)
-        if trained:
-            save_tokenizer(encoding, trained_tokenizer(prefix))
+        if given is None:
+            save_tokenizer(load_tokenizer(unfinished.tokenizer), trained_tokenizer(prefix))
         unfinished.finish()
     return TokenizedCorpus(
         os.fspath(prefix), tally.documents, tally.tokens, tally.text_bytes, tally.skipped, time.perf_counter() - start

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-import numpy.typing as npt
-
 from penstock._core.files import CorruptFileError, read_json, read_manifest, sync_directory, write_json, write_manifest
 from penstock.data_pipeline.datasets.encoder import EncodedTexts
 from penstock.data_pipeline.datasets.indexed import bin_path, idx_path
@@ -111,10 +109,10 @@ class UnfinishedTokens:
         """Tokens that would be lost if the process ended now."""
         return self.tally.tokens - self.sealed.tokens
 
-    def add(self, batch: TextBatch, encoded: EncodedTexts, dtype: npt.DTypeLike) -> None:
+    def add(self, batch: TextBatch, encoded: EncodedTexts) -> None:
         """Add an encoded batch to the open shard."""
         if self._builder is None:
-            self._builder = IndexedDatasetBuilder(self._next_shard() / _SHARD, dtype)
+            self._builder = IndexedDatasetBuilder(self._next_shard() / _SHARD, encoded.tokens.dtype)
         self._builder.add_flat(encoded.tokens, encoded.lengths)
         self.tally = self.tally.plus(batch, encoded)
 
