@@ -214,11 +214,16 @@ def _check_vocabulary(config: TrainConfig) -> None:
     vocab_size = model.module_args[0].vocab_size
     train = config.data.train
     named = {"data.train": train} if not isinstance(train, dict) else {f"data.train.{k}": v for k, v in train.items()}
-    corpora = {name: (path, IndexedDataset(path)) for name, path in named.items() if idx_path(path).is_file()}
+    corpora: list[tuple[str, str, Any]] = [
+        (name, path, IndexedDataset(path).tokens)
+        for name, path in named.items()
+        if path is not None and idx_path(path).is_file()
+    ]
     if config.data.heldout is not None:
-        corpora["data.heldout"] = (config.data.heldout, heldout_windows(config).source)
-    for name, (path, corpus) in corpora.items():
-        tokens = corpus.tokens if isinstance(corpus, IndexedDataset) else corpus
+        heldout = heldout_windows(config).source
+        tokens = heldout.tokens if isinstance(heldout, IndexedDataset) else heldout
+        corpora.append(("data.heldout", config.data.heldout, tokens))
+    for name, path, tokens in corpora:
         largest = int(tokens[:_TOKENS_CHECKED].max(initial=0))
         if largest >= vocab_size:
             raise ValueError(
