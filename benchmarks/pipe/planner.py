@@ -96,6 +96,7 @@ def _worker(rank: int, name: str, rounds: int) -> None:
     from penstock.pipe.planner.bounds import all_bounds
     from penstock.pipe.schedule import get_schedule
     from penstock.runtime.config import load_config
+    from penstock.runtime.engine_costs import step_overhead
     from penstock.runtime.profiling import Profiler
 
     torch.set_num_threads(1)
@@ -114,6 +115,8 @@ def _worker(rank: int, name: str, rounds: int) -> None:
     every = list(all_bounds(module.num_layers, RANKS))
     parameters = balance(module.parameter_counts, RANKS)
     engines = {b: penstock.initialize(_module(name, list(b)), settings, optimizer=None) for b in every}
+    config = load_config(settings)
+    overhead = step_overhead(config)
     seconds: dict[Any, list[list[float]]] = {b: [] for b in every}
     predicted: dict[Any, list[float]] = {b: [] for b in every}
     planned = None
@@ -128,13 +131,14 @@ def _worker(rank: int, name: str, rounds: int) -> None:
     with Watcher(rank=rank, deadline_s=120.0) as watcher:
         profiler = Profiler(
             module=module,
-            config=load_config(settings),
+            config=config,
             loss_fn=module.loss_fn,
             groups=PipeGroups(PipeDataParallelTopology(RANKS, 1), watcher=watcher),
             device=torch.device("cpu"),
             dtype=torch.float32,
             autocast_dtype=None,
             watcher=watcher,
+            overhead=overhead,
         )
         for number in range(rounds):
             profile = profiler.profile(ROWS, batches[0], split=False)

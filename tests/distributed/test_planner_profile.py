@@ -1,6 +1,8 @@
 """Layers measured by several processes at once, and a model divided by what they found."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,27 @@ from penstock.data_pipeline.data_sampling import IndexedDatasetBuilder
 from penstock.pipe import PipelineModule
 from penstock.pipe.planner import LayerCosts, Profile, load_profiles
 from penstock.pipe.schedule import get_schedule
-from penstock.runtime import profiling
+from penstock.runtime import engine_costs, profiling, rehearsal
 from penstock.runtime.comparison import comparison_lines, prediction_of, read_recording
 from penstock.runtime.config import load_config
 from penstock.runtime.planning import measure
 from support.pool import WorkerPool
 from support.run_jobs import config, model, tokens, train
 
-QUICK = {"_LEAST_ROUNDS": 2, "_LEAST_S": 0.0, "_REHEARSAL_S": 0.0, "_OVERHEAD_STEPS": 2, "_MESSAGES": 3}
-"""Rounds enough to see that all is measured; how well is not for a test to say."""
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """Rounds enough to see that all is measured; how well is not for a test to say."""
+    with (
+        patch.multiple(profiling, _LEAST_ROUNDS=2, _LEAST_S=0.0, _REHEARSAL_S=0.0),
+        patch.multiple(rehearsal, _WARM_UP=1, _LEAST=1),
+        patch.multiple(engine_costs, _OVERHEAD_STEPS=2, _OVERHEAD_BATCHES=(2, 4), _MESSAGES=3, _ROUNDS=2, _TURNS=2),
+    ):
+        yield
 
 
 def profile_job(rank: int, world_size: int, settings: dict[str, Any], file: str) -> None:
-    with patch.multiple(profiling, **QUICK):
+    with quick():
         measure(load_config(settings), [1, 2], Path(file))
 
 
@@ -68,7 +78,7 @@ def divided_job(rank: int, world_size: int) -> tuple[tuple[int, ...], list[float
     given = model()
     measured = PipelineModule(given.specs, loss_fn=given.loss_fn, base_seed=given.base_seed, partition_method="profile")
     with (
-        patch.multiple(profiling, **QUICK),
+        quick(),
         penstock.initialize(measured, config(stages=2, steps=20), training_data=tokens()) as engine,
     ):
         assert engine.parts.module is not None

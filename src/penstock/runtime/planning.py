@@ -16,6 +16,7 @@ from penstock.pipe.planner import TRAINABLE, WHOLE, Plan, Prediction, Profile, l
 from penstock.pipe.schedule import SCHEDULES, Timeline, save_schedule, save_timeline
 from penstock.pipe.topology import PipeDataParallelTopology
 from penstock.runtime.config import TrainConfig, check_world, load_config
+from penstock.runtime.engine_costs import step_overhead
 from penstock.runtime.initialize import AUTOCAST_DTYPES, PARAMETER_DTYPES
 from penstock.runtime.launch import launch
 from penstock.runtime.main_job import reference_model
@@ -107,6 +108,7 @@ def measure(config: TrainConfig, sizes: Sequence[int], file: Path) -> None:
     replicas = check_world(config, world_size)
     topology = PipeDataParallelTopology(num_pp=config.pipe.stages, num_dp=replicas)
     process = Process.join(config.deadline_s)
+    overhead = step_overhead(config)
     with Watcher(rank=process.rank, deadline_s=config.deadline_s, store=process.store) as watcher:
         with profiling_groups(topology, process, watcher, config.deadline_s) as groups:
             profiler = Profiler(
@@ -118,6 +120,7 @@ def measure(config: TrainConfig, sizes: Sequence[int], file: Path) -> None:
                 dtype=PARAMETER_DTYPES[config.precision],
                 autocast_dtype=AUTOCAST_DTYPES.get(config.precision),
                 watcher=watcher,
+                overhead=overhead,
             )
             profiles = []
             for size in sizes:

@@ -10,38 +10,28 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
 from penstock._core.batch_key import BatchKey
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
-from penstock.compression import LocalGradients
 from penstock.pipe.broadcast import broadcast_value
-from penstock.pipe.engine import PipelineEngine
-from penstock.pipe.frame import Address
 from penstock.pipe.groups import PipeGroups
 from penstock.pipe.layer_spec import TiedLayerSpec
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.module import LayerSpec, PipelineModule
 from penstock.pipe.planner import Flow, LayerCosts, Profile, measure_layers, plan_bounds, predict, run_through
 from penstock.pipe.planner.profile import layer_from_json
-from penstock.pipe.schedule import Channel, Schedule, get_schedule
+from penstock.pipe.schedule import Schedule, get_schedule
 from penstock.pipe.stage import Stage
 from penstock.pipe.topology import ProcessTopology
-from penstock.pipe.transport import Transport
-from penstock.pipe.value import flatten, map_tensors, to_device
+from penstock.pipe.value import map_tensors, to_device
 from penstock.runtime.batches import collate_samples
 from penstock.runtime.config import TrainConfig
-from penstock.runtime.gather import gather_json
+from penstock.runtime.engine_costs import EngineCosts
 from penstock.runtime.process import Process
-from penstock.runtime.rehearsal import Rehearsal, rehearse
+from penstock.runtime.rehearsal import Rehearsal, gathered, rehearse
 
 _LEAST_ROUNDS, _LEAST_S, _MOST_S = 7, 1.0, 20.0
-_MESSAGE_BYTES: Final = (1 << 12, 1 << 22)
-_MESSAGES: Final = 9
-_OVERHEAD_STEPS: Final = 7
-_OVERHEAD_BATCHES: Final = (8, 32)
 _LONGEST_REHEARSAL: Final = 32
 """Micro-batches of a rehearsed step, where the run's steps have more."""
 _REHEARSAL_S: Final = 2.0
@@ -66,6 +56,8 @@ class Profiler:
         dtype: Of parameters.
         autocast_dtype: See :class:`~penstock.pipe.stage.Stage`.
         watcher: Told of every wait.
+        overhead: Seconds that a step takes besides its passes and its update; see
+            :func:`~penstock.runtime.engine_costs.step_overhead`.
     """
 
     module: PipelineModule
@@ -76,14 +68,16 @@ class Profiler:
     dtype: torch.dtype
     autocast_dtype: torch.dtype | None
     watcher: Watcher
+    overhead: float = 0.0
 
     def __post_init__(self) -> None:
         self._division = self.module.divided_by("parameters", self.groups.num_pipe_ranks)
         self._stage = self._built()
         self._meter = Meter()
         self._rounds = 0
-        self._latency, self._seconds_per_byte = self._message_times()
-        self._action, self._inside = self._engine_times()
+        engine = EngineCosts(self.groups, self.watcher, self.device, self._meter)
+        self._latency, self._seconds_per_byte = engine.message()
+        self._action, self._inside = engine.action()
 
     def profile(self, size: int, batch: tuple[Any, Any], *, reading: float = 0.0, split: bool = True) -> Profile:
         """Measure with micro-batches of ``size`` rows, of which ``batch`` is one: inputs and targets. Collective.
@@ -110,7 +104,7 @@ class Profiler:
         assert self._division.bounds is not None
         alone = predict(profile, schedule, self._division.bounds, 1 if recompute else 0)
         rest = rehearsed.step - (alone.seconds - reading * schedule.micro_batches)
-        return replace(profile, step=max(0.0, rest))
+        return replace(profile, step=max(0.0, rest) + self.overhead)
 
     def _built(self) -> Stage:
         """This rank's stage of the division."""
@@ -267,10 +261,8 @@ class Profiler:
 
     def _gathered(self, layers: list[LayerCosts]) -> list[LayerCosts]:
         """Every layer of the model; times are means over the replicas."""
-        group = self.groups.control
         entry = {"pipe": self.groups.pipe_rank, "layers": [asdict(layer) for layer in layers]}
-        with self.watcher.waiting("gathering the profile"):
-            found = _gather(entry, group)
+        found = gathered(entry, self.groups, self.watcher)
         result: list[LayerCosts] = []
         for rank in range(self.groups.num_pipe_ranks):
             copies = [[layer_from_json(layer) for layer in e["layers"]] for e in found if e["pipe"] == rank]
@@ -300,117 +292,8 @@ class Profiler:
         ends = index == 0, index == len(self.module.specs) - 1
         return description, getattr(spec, "forward_fn", None), ends, layer.kept, layer.output, layer.state
 
-    def _agreed(self, value: float) -> float:
-        """The mean of all ranks' values."""
-        with self.watcher.waiting("gathering the profile"):
-            return float(statistics.mean(_gather(value, self.groups.control)))
-
     def _barrier(self) -> None:
-        self._agreed(0.0)
-
-    def _message_times(self) -> tuple[float, float]:
-        """Latency and seconds per byte of a message between neighbouring ranks, which all talk at once."""
-        if self.groups.num_pipe_ranks == 1:
-            return 0.0, 0.0
-        medians = []
-        for size in _MESSAGE_BYTES:
-            tensor = torch.zeros(size // 4, device=self.device)
-            seconds = self._round_trip(tensor)
-            with self.watcher.waiting("gathering the profile"):
-                medians.append(statistics.median(s for s in _gather(seconds, self.groups.control) if s is not None) / 2)
-        small, large = medians
-        rate = max(0.0, (large - small) / (_MESSAGE_BYTES[1] - _MESSAGE_BYTES[0]))
-        return max(0.0, small - rate * _MESSAGE_BYTES[0]), rate
-
-    def _round_trip(self, tensor: Tensor) -> float | None:
-        """Median seconds to the next rank and back; None on every other rank and on a last one without a partner."""
-        rank, ranks = self.groups.pipe_rank, self.groups.num_pipe_ranks
-        low = rank - rank % 2
-        if low + 1 == ranks:
-            return None
-        there, back = Channel(low, low + 1, "F"), Channel(low + 1, low, "B")
-        transport = Transport(rank, self.groups.routes, watcher=self.watcher, meter=self._meter)
-        transport.begin({there: _MESSAGES, back: _MESSAGES})
-        structure, tensors = flatten(tensor)
-        seconds = []
-        for number in range(_MESSAGES):
-            forth, home = Address("F", 1, 0, number), Address("B", 0, 0, number)
-            if rank == low:
-                start = time.perf_counter()
-                transport.send(there, forth, structure, tensors)
-                transport.receive(back, home)
-                seconds.append(time.perf_counter() - start)
-            else:
-                transport.receive(there, forth)
-                transport.send(back, home, structure, tensors)
-        transport.drain()
-        return statistics.median(seconds[1:]) if rank == low else None
-
-    def _engine_times(self) -> tuple[float, float]:
-        """What the engine takes for an action, and how much of it while the action runs.
-
-        From steps of stages with next to nothing to compute; the rest of it lies between actions.
-        """
-        ranks = self.groups.num_pipe_ranks
-        module = PipelineModule([LayerSpec(_Shift) for _ in range(ranks)], num_stages=ranks, loss_fn=_mean)
-        stage = module.build_stage(self.groups.pipe_rank, device=self.device)
-        (first, _), (last, span) = (self._steps(stage, batches) for batches in _OVERHEAD_BATCHES)
-        each = max(0.0, (last - first) / (_OVERHEAD_BATCHES[1] - _OVERHEAD_BATCHES[0]))
-        own = _own_time(stage, self.device)
-        action = self._agreed(max(0.0, each - own) / 2)
-        return action, self._agreed(min(action, max(0.0, span - own / 2)))
-
-    def _steps(self, stage: Stage, micro_batches: int) -> tuple[float, float]:
-        """Median seconds of a step, and of its actions on this rank."""
-        engine = PipelineEngine(
-            stage,
-            schedule="gpipe",
-            micro_batches=micro_batches,
-            groups=self.groups,
-            exchange=LocalGradients(stage.parameters(), replicas=1),
-            loss_fn=_mean,
-            watcher=self.watcher,
-            seed=self.config.seed,
-            device=self.device,
-        )
-        row = torch.zeros(1, 8, device=self.device)
-        batches = [MicroBatch(row, row, i) for i in range(micro_batches)]
-        seconds, spans = [], []
-        for step in range(_OVERHEAD_STEPS):
-            self._barrier()
-            engine.recorded = []
-            seconds.append(engine.train_step(batches, step=step).seconds)
-            spans.append(statistics.mean(end - start for start, end in engine.recorded))
-        return statistics.median(seconds[1:]), statistics.median(spans[1:])
-
-
-class _Shift(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.weight
-
-
-def _mean(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).mean()
-
-
-def _own_time(stage: Stage, device: torch.device) -> float:
-    """Seconds that the stage itself takes, forward and backward."""
-    rounds = 2 * _LEAST_ROUNDS
-    key = BatchKey(0, 0, 0)
-    row = torch.zeros(1, 8, device=device)
-    flow = Flow(row, (not stage.is_first,))
-    (layer,) = measure_layers(
-        stage, flow, names=("",), targets=row, loss_fn=_mean, key=key, more=lambda done: done < rounds
-    )
-    return layer.forward + layer.backward
-
-
-def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    return [value] if group is None else gather_json(value, group=group)
+        gathered(0.0, self.groups, self.watcher)
 
 
 def divide_by_profile(

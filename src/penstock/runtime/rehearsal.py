@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from penstock._core.waiting import Watcher
@@ -102,17 +102,17 @@ def rehearse(
         engine.train_step(batches, step=number)
         _finish(stage.device)
         middle = time.perf_counter()
-        _update(stage, built, optimizer.gradient_clipping)
+        update(stage, built, optimizer.gradient_clipping)
         _finish(stage.device)
         end = time.perf_counter()
         spans = {} if stage.device.type == "cuda" else _means(actions, engine.recorded)
         found.append((spans, end - middle + exchange.seconds, end - start))
         if number == _WARM_UP - 1:
-            slowest = max(_gathered(end - start, groups, watcher))
+            slowest = max(gathered(end - start, groups, watcher))
             steps = _WARM_UP + max(_LEAST, min(_MOST, int(budget_s / max(slowest, 1e-9))))
         number += 1
     counted = found[_WARM_UP:]
-    wholes = zip(*_gathered([whole for _, _, whole in counted], groups, watcher), strict=True)
+    wholes = zip(*gathered([whole for _, _, whole in counted], groups, watcher), strict=True)
     return Rehearsal(
         spans={op: statistics.median(spans[op] for spans, _, _ in counted) for op in counted[0][0]},
         update=statistics.median(update for _, update, _ in counted),
@@ -147,7 +147,14 @@ def _built(stage: Stage, section: OptimizerSection) -> Optimizer | None:
     return built
 
 
-def _update(stage: Stage, optimizer: Optimizer | None, clipping: float | None) -> None:
+def update(stage: nn.Module, optimizer: Optimizer | None, clipping: float | None) -> None:
+    """What follows on the passes of a step: the look at the gradients, the optimizer, and clearing.
+
+    Args:
+        stage: The layers here.
+        optimizer: None where nothing is trained.
+        clipping: The largest norm; the gradients' is taken to be twice that. None does not clip.
+    """
     if clipping is None:
         largest(stage.parameters())
     else:
@@ -184,9 +191,9 @@ def _means(actions: Iterable[Action], recorded: Sequence[tuple[float, float]]) -
     return {op: statistics.mean(durations) for op, durations in spans.items()}
 
 
-def _gathered(value: Any, groups: PipeGroups, watcher: Watcher) -> list[Any]:
-    """Every rank's value."""
+def gathered(value: Any, groups: PipeGroups, watcher: Watcher) -> list[Any]:
+    """Every rank's JSON value, in rank order."""
     if groups.control is None:
         return [value]
-    with watcher.waiting("gathering a rehearsal"):
+    with watcher.waiting("gathering the profile"):
         return gather_json(value, group=groups.control)
