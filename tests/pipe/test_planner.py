@@ -336,6 +336,8 @@ def test_under_a_limit_some_layers_are_recomputed_and_the_rest_is_kept() -> None
     found = plan([profile], ranks=2, samples=8, schedules=["1f1b"], memory=max(whole.memory) - 500)
     assert found.best.recomputed
     assert set(found.best.recomputed) <= {0, 3}
+    layouts = [(p.schedule.name, p.bounds, p.interval, p.recomputed) for p in predictions(found)]
+    assert len(layouts) == len(set(layouts))
     full = [p for p in predictions(found) if p.interval == 1]
     assert whole.seconds < found.best.seconds < min(p.seconds for p in full)
     text = "\n".join(plan_lines(found))

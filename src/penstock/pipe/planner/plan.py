@@ -93,7 +93,7 @@ def plan(
             continue
         found.append(_refined(profile, prediction, memory))
         if memory is not None:
-            found += _selective(profile, found[-1], memory)
+            found += [new for new in _selective(profile, found[-1], memory) if not any(_same(new, f) for f in found)]
     fitting = [prediction for prediction in found if _excess(prediction, memory) == 0]
     if not fitting:
         least = min(found, key=lambda prediction: max(prediction.memory))
@@ -171,6 +171,13 @@ def _selective(profile: Profile, full: Prediction, memory: int) -> Iterator[Pred
     layers = select_recomputed(profile, full.schedule, full.bounds, memory)
     if layers and len(layers) < len(profile.layers):
         yield predict(profile, full.schedule, full.bounds, recomputed=layers)
+
+
+def _same(one: Prediction, other: Prediction) -> bool:
+    """Whether two predictions are of one layout, as no and full recomputation may come to the same cuts."""
+    return (one.schedule.name, one.chunks, one.micro_batch_size, one.bounds, one.recomputed) == (
+        *(other.schedule.name, other.chunks, other.micro_batch_size, other.bounds, other.recomputed),
+    )
 
 
 def _searched(profile: Profile, best: Prediction, memory: int | None, effort_s: float) -> Prediction:
