@@ -6,7 +6,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from penstock._core.meter import REPLICAS, Meter
-from penstock.compression import DDPCompression, FeedbackRule, create_compression_algorithm, ddp_compression_hook
+from penstock.compression import (
+    DDPCompression,
+    FeedbackRule,
+    create_compression_algorithm,
+    ddp_compression_hook,
+    machine_groups,
+)
 from support.pool import WorkerPool
 
 
@@ -248,6 +254,43 @@ def test_a_loss_scale_that_changes_and_a_skipped_step_leave_no_trace(pool: Worke
     if name == "onebit":
         (untold, *_), _ = pool.run(scaled, 2, name, kind, "untold")
         assert not all(torch.equal(a, b) for a, b in zip(untold, plain[0][0], strict=True))
+
+
+def over_machines(rank: int, world_size: int, name: str | None, steps: int) -> list[Any]:
+    inside, between = machine_groups([range(world_size)], 2)
+    model, state = wrap(name, group=between, inside=inside)
+    results = [gradients(model, rank, step) for step in range(steps)]
+    return [results, sum(v.numel() for key, v in state.state_dict().items() if key.endswith("worker"))]
+
+
+def test_machines_sum_in_full_precision_and_compress_between_them(pool: WorkerPool) -> None:
+    numel = sum(p.numel() for p in model_of().parameters())
+    for results, owed in pool.run(over_machines, 4, "none", 1):
+        assert owed == 0
+        for a, b in zip(results[0], mean_gradients(4, 0), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    answers = pool.run(over_machines, 4, "int8", 3)
+    # Each of a machine's two ranks owes for its shards alone.
+    assert [answers[0][1] + answers[1][1], answers[2][1] + answers[3][1]] == [numel, numel]
+    for results, _ in answers:
+        for step in range(3):
+            for a, b, mean in zip(results[step], answers[0][0][step], mean_gradients(4, step), strict=True):
+                assert torch.equal(a, b)
+                assert (a - mean).norm() < 0.05 * mean.norm()
+                assert not torch.equal(a, mean)
+
+
+def test_whole_matrices_and_shards_do_not_go_together(pool: WorkerPool) -> None:
+    for message in pool.run(matrices_over_machines, 2):
+        assert "cuts them into shards; take another algorithm, or leave inside out" in message
+
+
+def matrices_over_machines(rank: int, world_size: int) -> str:
+    try:
+        DDPCompression(create_compression_algorithm("powersgd"), inside=torch.distributed.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
 
 
 def test_warm_up_cannot_be_negative() -> None:

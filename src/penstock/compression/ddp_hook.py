@@ -45,9 +45,13 @@ class DDPCompression:
 
     Args:
         algorithm: None for no compression.
-        group: The group that DDP was given; None is the default group.
+        group: The group that DDP was given; None is the default group. With ``inside``, the ranks with this one's place
+            on the other machines.
         error_feedback: Keep what compression leaves out for the next step; a :class:`FeedbackRule` says how.
         warmup_steps: Steps at the start that go uncompressed.
+        inside: The ranks of this machine, summed over in full precision, so that only shards of their sum are
+            compressed and cross the network; with ``group``, what :func:`machine_groups` gives. DDP itself keeps the
+            group of all ranks.
         scaler: What scales the loss, of one optimizer. Gradients are compressed in units of the unscaled loss, whatever
             the scale does. A step with a NaN or infinity anywhere, which the scaler has the optimizer skip, counts as
             not made: all memories are, to the bit, what they were before it (for which there is a copy of them).
@@ -62,6 +66,7 @@ class DDPCompression:
         group: dist.ProcessGroup | None = None,
         error_feedback: bool | FeedbackRule = True,
         warmup_steps: int = 0,
+        inside: dist.ProcessGroup | None = None,
         scaler: torch.amp.GradScaler | None = None,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
@@ -72,6 +77,12 @@ class DDPCompression:
         self.warmup_steps = warmup_steps
         self._algorithm = algorithm
         self._group = group
+        self._inside = inside
+        if inside is not None and algorithm is not None and algorithm.shaped and ranks_of(inside) > 1:
+            raise ValueError(
+                f"{algorithm.name} compresses whole matrices, but a hierarchical exchange cuts them into shards; "
+                "take another algorithm, or leave inside out"
+            )
         if isinstance(algorithm, PowerSGD) and not error_feedback:
             raise ValueError(
                 "powersgd without error feedback loses all but a few directions for good; set error_feedback: true"
@@ -172,9 +183,13 @@ class DDPCompression:
         # DDP keeps a bucket's buffer from step to step: where its precision will do, it is reduced in place.
         flat = buffer if dtype == buffer.dtype else torch.zeros_like(buffer, dtype=dtype)
         if self._error_feedback and memory is None:
-            memory = ErrorMemory.for_tensor(flat, self._group, algorithm=self._algorithm, rule=self._rule, parts=parts)
-        make = partial(make_reduction, flat, group=self._group, meter=self._meter, watcher=self._watcher)
-        factor = 1.0 / ranks_of(self._group)
+            memory = ErrorMemory.for_tensor(
+                flat, self._group, algorithm=self._algorithm, rule=self._rule, parts=parts, inside=self._inside
+            )
+        make = partial(
+            make_reduction, flat, group=self._group, inside=self._inside, meter=self._meter, watcher=self._watcher
+        )
+        factor = 1.0 / (ranks_of(self._group) * (1 if self._inside is None else ranks_of(self._inside)))
         plain = compressed = make(algorithm=None, factor=factor)
         if self._algorithm is not None:
             compressed = make(algorithm=self._algorithm, memory=memory, parts=parts, factor=factor, key=bucket.index())

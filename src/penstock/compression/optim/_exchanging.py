@@ -1,8 +1,9 @@
 """What the optimizers that communicate by themselves have in common: buckets, exchange, errors, state."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from penstock.compression.same_start import check_same_start
 _log = logging.getLogger(__name__)
 
 
-class ExchangingOptimizer(Optimizer):
+class ExchangingOptimizer(Optimizer, ABC):
     """An optimizer that averages over the replicas itself, bucket by bucket.
 
     Args:
@@ -85,6 +86,37 @@ class ExchangingOptimizer(Optimizer):
         ]
         self._check_start: Callable[[], None] | None = self._start_check(group, meter, watcher)
         self._expose_state()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Exchange and update; every replica must call it.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Raises:
+            ValueError: Before the first step: the replicas hold different parameters.
+            FloatingPointError: What was exchanged holds a NaN or infinity, because a gradient did on some replica.
+                Raised on every replica; the message says what became of parameters and moments.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._before_first_step()
+        self._advance(self._steps_done() + 1)
+        self._count_step()
+        return loss
+
+    @abstractmethod
+    def _advance(self, step: int) -> None:
+        """Exchange and update at a step, counted from 1."""
 
     def bind_exchange(
         self, *, group: dist.ProcessGroup | None, replicas: int, meter: Meter | None, watcher: Watcher | None

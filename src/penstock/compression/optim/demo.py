@@ -6,8 +6,8 @@ coefficients are sent and taken off ``m``. All replicas step along the mean of w
 is sent when it is large enough and kept until then *is* an error memory: the one of an exchange whose memory decays.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,30 +84,7 @@ class DeMo(ExchangingOptimizer):
             watcher=watcher,
         )
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Exchange and update; every replica must call it.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-
-        Raises:
-            ValueError: Before the first step: the replicas hold different parameters.
-            FloatingPointError: A gradient holds a NaN or infinity on some replica. Raised on every replica, with the
-                parameters untouched.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._before_first_step()
-        step = self._steps_done() + 1
+    def _advance(self, step: int) -> None:
         for bucket in self._all_buckets():
             bucket.fill()
             assert bucket.memory is not None  # nothing lossless is taken, and one replica compresses, too
@@ -125,5 +102,3 @@ class DeMo(ExchangingOptimizer):
                     torch._foreach_mul_(weights, shrink)
                 torch._foreach_add_(weights, torch._foreach_sign(directions) if self.sign else directions, alpha=-lr)
             bucket.publish()
-        self._count_step()
-        return loss

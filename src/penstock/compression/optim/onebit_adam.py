@@ -8,8 +8,8 @@ compressed all-reduce with error feedback on both of its sides. Compressing ``m`
 Adam does not, because with ``v`` frozen the update is linear in ``m``: errors fed back later cancel errors made now.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,31 +99,7 @@ class OneBitAdam(ExchangingOptimizer):
         """Whether the next step sends compressed momentum."""
         return self._steps_done() >= self.freeze_step
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Exchange and update; every replica must call it.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-
-        Raises:
-            ValueError: Before the first step: the replicas hold different parameters.
-            FloatingPointError: A gradient or momentum holds a NaN or infinity on some replica. Raised on every
-                replica, with parameters, moments and step count untouched; error memories of the elements it
-                touched start again from zero.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._before_first_step()
-        step = self._steps_done() + 1
+    def _advance(self, step: int) -> None:
         warming_up = step <= self.freeze_step
         for bucket in self._all_buckets():
             bucket.fill()
@@ -134,8 +110,6 @@ class OneBitAdam(ExchangingOptimizer):
         self._refuse_non_finite(step)
         for bucket, denominator in zip(self._all_buckets(), self._denominators, strict=True):
             self._update(bucket, denominator, step, warming_up=warming_up)
-        self._count_step()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore moments, step and hyperparameters, copying into existing storage; also from AdamW's state dict.

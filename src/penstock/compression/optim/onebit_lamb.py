@@ -11,8 +11,8 @@ A momentum is brought to the scale of its bucket's others before it is compresse
 scale do not drown one another.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, overload
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -130,30 +130,7 @@ class OneBitLamb(ExchangingOptimizer):
             if isinstance(parameter, Tensor)
         }
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Exchange and update; every replica must call it.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-
-        Raises:
-            ValueError: Before the first step: the replicas hold different parameters.
-            FloatingPointError: A gradient or momentum holds a NaN or infinity on some replica. Raised on every
-                replica, with parameters, moments and step count untouched.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._before_first_step()
-        step = self._steps_done() + 1
+    def _advance(self, step: int) -> None:
         warming_up = step <= self.freeze_step
         for bucket in self._all_buckets():
             bucket.fill()
@@ -171,8 +148,6 @@ class OneBitLamb(ExchangingOptimizer):
             else:
                 self._frozen_lamb(bucket, self._denominators[index], self._fresh[index], step)
             bucket.publish()
-        self._count_step()
-        return loss
 
     def _check_group(self, param_group: Mapping[str, Any]) -> None:
         super()._check_group(param_group)

@@ -14,9 +14,9 @@ of the replicas' own AdamW steps. And at a step that updates the variance the mo
 gradient, which is there uncompressed, so nothing else needs to be sent.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,8 @@ class ZeroOneAdam(ExchangingOptimizer):
 
     Between two exchanges the replicas' parameters differ. What they agree on, the parameters of the last exchange, is
     ``master`` in the state, and :meth:`common_weights` puts it into the parameters for a while: evaluate there. A
-    checkpoint in the middle of a round needs :meth:`error_state` of every rank to go on bit for bit.
+    checkpoint in the middle of a round needs :meth:`error_state` of every rank to go on bit for bit. So is a gradient
+    that is not finite told when it is exchanged, maybe some steps later: go back to a checkpoint then.
 
     Args:
         params: Parameters or parameter groups.
@@ -117,36 +118,11 @@ class ZeroOneAdam(ExchangingOptimizer):
         """Whether the replicas' parameters differ now."""
         return any(part.rates for part in self._rounds)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update, and exchange if it is time to; every replica must call it.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-
-        Raises:
-            ValueError: Before the first step: the replicas hold different parameters.
-            FloatingPointError: What was exchanged holds a NaN or infinity. Raised on every replica. A gradient that is
-                not finite is told when it is exchanged, which may be some steps later: go back to a checkpoint then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._before_first_step()
-        step = self._steps_done() + 1
+    def _advance(self, step: int) -> None:
         if self.schedule.updates_variance(step):
             self._adam_step(step)
         else:
             self._momentum_step(step)
-        self._count_step()
-        return loss
 
     @torch.no_grad()
     def synchronize(self) -> None:
