@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.data_pipeline.random_ltd.kernels.shapes import with_length
+from penstock.data_pipeline.random_ltd.kernels.shapes import batch_and_length, with_length
 
 LARGE: Final = 1 << 22
 STREAMED: Final = 1 << 24
@@ -42,8 +42,7 @@ def gather(x: Tensor, indices_BK: Tensor, batch_first: bool) -> Tensor:
     out = _fresh(with_length(x.shape, indices_BK.shape[1], batch_first), x.dtype)
     if out.numel():
         tokens = _words(x)
-        at_BK = _places(tokens, batch_first).gather(1, indices_BK.long())
-        _copy((tokens,), at_BK, out, batch_first)
+        _copy((tokens,), _places(tokens, indices_BK.long(), batch_first), out, batch_first)
     return out
 
 
@@ -62,8 +61,8 @@ def combine(
     begin, end = _span(passing, others)
     if (end - begin) * passing.shape[2] >= _MOST_VALUES:
         return _in_two_passes(x, y, indices_BK, out, batch_first, add)
-    at_BS = _places(passing, batch_first).expand(indices_BK.shape[0], length).contiguous()
-    at_BS.scatter_(1, indices_BK.long(), _places(others, batch_first).expand(indices_BK.shape))
+    at_BS = _all_places(passing, batch_first).expand(indices_BK.shape[0], length).contiguous()
+    at_BS.scatter_(1, indices_BK.long(), _all_places(others, batch_first).expand(indices_BK.shape))
     _copy((passing, others), at_BS, out, batch_first)
     return out
 
@@ -100,11 +99,17 @@ def _words(x: Tensor) -> Tensor:
     return words.clone() if words.data_ptr() % words.element_size() else words
 
 
-def _places(tokens: Tensor, batch_first: bool) -> Tensor:
-    """At which address each token begins, counted in words; int64 ``[B, S]``."""
-    at = (torch.arange(tokens.shape[0]) * tokens.stride(0) + _address(tokens)).unsqueeze(1)
-    at = at + torch.arange(tokens.shape[1]) * tokens.stride(1)
-    return at if batch_first else at.t()
+def _places(tokens: Tensor, indices_BK: Tensor, batch_first: bool) -> Tensor:
+    """At which addresses the tokens at the indices begin, counted in words; int64 ``[B, K]``."""
+    per_row, per_token = tokens.stride()[:2] if batch_first else tokens.stride()[1::-1]
+    batch, _ = batch_and_length(tokens.shape, batch_first)
+    rows_B = torch.arange(batch) * per_row + _address(tokens)
+    return torch.add(rows_B.unsqueeze(1), indices_BK, alpha=per_token)
+
+
+def _all_places(tokens: Tensor, batch_first: bool) -> Tensor:
+    _, length = batch_and_length(tokens.shape, batch_first)
+    return _places(tokens, torch.arange(length), batch_first)
 
 
 def _address(tokens: Tensor) -> int:
