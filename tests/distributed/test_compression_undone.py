@@ -253,8 +253,13 @@ def ended_by_the_engine(rank: int, world_size: int, settings: dict[str, Any]) ->
         return [p.detach().clone() for p in engine.stage.parameters()]
 
 
-def test_an_engine_ends_streaming_fragments(pool: WorkerPool) -> None:
+@pytest.mark.parametrize("name", ["streaming_diloco", "zero_one_adam"])
+def test_an_engine_ends_what_replicas_do_apart(pool: WorkerPool, name: str) -> None:
     made = config(replicas=2, precision="float32", dropping=False, steps=4)
-    made["local_updates"] = {"method": "streaming_diloco", "period": 4, "fragments": 2, "overlap": 1}
+    if name == "zero_one_adam":  # after one step every fourth exchanges
+        options = {"var_freeze_step": 1, "var_update_scaler": 1, "local_step_scaler": 1, "local_step_clipper": 4}
+        made["optimizer"] = {"name": name, "lr": 1e-3, "options": options}
+    else:
+        made["local_updates"] = {"method": name, "period": 4, "fragments": 2, "overlap": 1}
     first, second = pool.run(ended_by_the_engine, 2, made, deadline_s=100)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
