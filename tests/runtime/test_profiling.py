@@ -1,0 +1,95 @@
+"""What a rehearsal took is spread over the layers, and what is left over is every step's."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from penstock._core.waiting import Watcher
+from penstock.pipe import LayerSpec, PipeDataParallelTopology, PipelineModule
+from penstock.pipe.groups import PipeGroups
+from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.planner import Profile
+from penstock.pipe.schedule import get_schedule
+from penstock.runtime import profiling
+from penstock.runtime.config import load_config
+from penstock.runtime.engine_costs import EngineCosts
+from penstock.runtime.optimizer_section import OptimizerSection
+from penstock.runtime.profiling import Profiler
+from penstock.runtime.rehearsal import Rehearsal, rehearse
+
+BATCHES = 4
+WHOLE_STEP, OVERHEAD, READING, ACTION, INSIDE = 50.0, 0.25, 0.125, 0.0625, 0.03125
+
+
+def profile(monkeypatch: pytest.MonkeyPatch, *, spans: dict[str, float], **changes: Any) -> Profile:
+    """A profile of three layers, of which one trains nothing, by a rehearsal that says what it is told to."""
+    rehearsed = Rehearsal(spans=spans, update=0.5, step=WHOLE_STEP, state_ratio=2.0)
+    monkeypatch.setattr(profiling, "rehearse", lambda *_, **__: rehearsed)
+    monkeypatch.setattr(profiling, "_LEAST_S", 0.0)
+    monkeypatch.setattr(EngineCosts, "action", lambda self: (ACTION, INSIDE))
+    layers = [LayerSpec(nn.Linear, 6, 12), LayerSpec(nn.Tanh), LayerSpec(nn.Linear, 12, 6)]
+    module = PipelineModule(layers, num_stages=1, loss_fn=nn.functional.mse_loss, **changes)
+    watcher = Watcher(rank=0)
+    profiler = Profiler(
+        module=module,
+        config=load_config({"train": {"global_batch_size": 2 * BATCHES, "micro_batch_size": 2, "steps": 3}}),
+        loss_fn=module.loss_fn,
+        groups=PipeGroups(PipeDataParallelTopology(1, 1), watcher=watcher),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        autocast_dtype=None,
+        watcher=watcher,
+        overhead=OVERHEAD,
+    )
+    return profiler.profile(2, (torch.ones(2, 6), torch.zeros(2, 6)), reading=READING)
+
+
+def test_layers_add_up_to_what_their_stage_took_in_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = profile(monkeypatch, spans={"F": 1.0, "B": 2.0})
+    assert sum(layer.forward for layer in found.layers) == pytest.approx(1.0 - INSIDE)
+    assert sum(layer.backward for layer in found.layers) == pytest.approx(2.0 - INSIDE)
+    # By trained bytes: of weights and biases, 84 numbers and 78.
+    assert [layer.update for layer in found.layers] == pytest.approx([0.5 * 84 / 162, 0.0, 0.5 * 78 / 162])
+    assert [layer.state for layer in found.layers] == [3 * 4 * 84, 0, 3 * 4 * 78]
+    passes = BATCHES * (3.0 - 2 * INSIDE + 2 * ACTION)
+    assert found.step == pytest.approx(WHOLE_STEP - passes - 0.5 + OVERHEAD)
+    assert found.reading == READING
+
+
+def test_what_is_recomputed_in_the_rehearsal_is_no_part_of_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = profile(monkeypatch, spans={"F": 1.0, "B": 3.0}, activation_checkpoint_interval=2)
+    assert sum(layer.backward for layer in found.layers) == pytest.approx(2.0 - INSIDE)
+    # The step that was rehearsed did recompute: nothing of that is left over.
+    passes = BATCHES * (3.0 + 1.0 - 3 * INSIDE + 2 * ACTION)
+    assert found.step == pytest.approx(WHOLE_STEP - passes - 0.5 + OVERHEAD)
+
+
+def test_without_spans_layers_stay_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = profile(monkeypatch, spans={})
+    assert 0 < sum(layer.forward for layer in found.layers) < 1.0
+
+
+def test_a_rehearsal_leaves_weights_and_gradients_as_they_were() -> None:
+    module = PipelineModule([LayerSpec(nn.Linear, 4, 4)], num_stages=1, loss_fn=nn.functional.mse_loss)
+    stage = module.build_stage(0)
+    before = [p.detach().clone() for p in stage.parameters()]
+    watcher = Watcher(rank=0)
+    found = rehearse(
+        stage,
+        [MicroBatch(torch.ones(1, 4), torch.zeros(1, 4), index) for index in range(2)],
+        schedule=get_schedule("1f1b", 1, 2),
+        optimizer=OptimizerSection(gradient_clipping=1.0),
+        groups=PipeGroups(PipeDataParallelTopology(1, 1), watcher=watcher),
+        loss_fn=module.loss_fn,
+        watcher=watcher,
+        seed=1,
+        compression="none",
+        budget_s=0.0,
+    )
+    assert set(found.spans) == {"F", "B"}
+    assert found.state_ratio == 2.0  # AdamW's two moments
+    assert found.step >= found.update > 0
+    assert all(torch.equal(p, old) for p, old in zip(stage.parameters(), before, strict=True))
+    assert all(p.grad is None for p in stage.parameters())
