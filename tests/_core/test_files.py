@@ -1,4 +1,6 @@
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,18 @@ def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
     write_bytes(tmp_path / "a", b"")
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_files_written_by_threads_at_once_have_ordinary_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda i: write_bytes(tmp_path / str(i), b""), range(200)))
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+        left = os.umask(0o027)
+    finally:
+        os.umask(before)
+    assert left == 0o027
 
 
 def test_nan_is_not_json(tmp_path: Path) -> None:

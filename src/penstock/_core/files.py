@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 1 << 20
+_reading_umask = Lock()
 
 
 class CorruptFileError(ValueError):
@@ -127,6 +129,8 @@ def _check_file(path: Path, *, size: int, sha256: str) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    # It can only be read by setting it: for two threads at once the second would read, and leave, the first's.
+    with _reading_umask:
+        mask = os.umask(0o077)  # what others make in the meantime is too private rather than too open
+        os.umask(mask)
     return mask
