@@ -1,5 +1,6 @@
 import hashlib
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,14 +39,16 @@ def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
 
 
 def test_files_written_by_threads_at_once_have_ordinary_permissions(tmp_path: Path) -> None:
-    before = os.umask(0o027)
+    before, interval = os.umask(0o027), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda i: write_bytes(tmp_path / str(i), b""), range(200)))
+            list(threads.map(lambda i: write_bytes(tmp_path / str(i), b""), range(1000)))
         assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
         left = os.umask(0o027)
     finally:
         os.umask(before)
+        sys.setswitchinterval(interval)
     assert left == 0o027
 
 
