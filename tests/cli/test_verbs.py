@@ -14,7 +14,9 @@ from typer.testing import CliRunner, Result
 
 from penstock._core.files import write_manifest
 from penstock.cli.main import app
+from penstock.cli.tokenize import _Display
 from penstock.data_pipeline.data_sampling import DataAnalyzer, IndexedDataset, IndexedDatasetBuilder
+from penstock.data_pipeline.datasets.tokenize_files import TokenizeProgress
 from penstock.pipe.schedule import Schedule, get_schedule
 from penstock.runtime import main_job
 from penstock.runtime.checkpoint import CheckpointWriter
@@ -407,6 +409,32 @@ def test_analyze_says_that_text_must_become_tokens(tmp_path: Path, name: str, op
     assert f"tokenize it first: penstock tokenize {file} PREFIX{option};" in result.output
     assert "--column" in result.output
     assert not (tmp_path / "difficulty").exists()
+
+
+def test_tokenize_takes_several_files_and_another_end(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
+    arguments = ["tokenize", tmp_path / "b.jsonl", tmp_path / "a.txt", tmp_path / "out", "--workers", 1]
+    result = run(*arguments, "--split", "line", "--vocab-size", 257, "--end-of-text", "")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'out'}.bin: 3 documents, 11 tokens from 11 bytes" in result.output
+    assert IndexedDataset(tmp_path / "out").lengths.tolist() == [5, 3, 3]
+    again = run("tokenize", tmp_path / "a.txt", tmp_path / "a2", "-t", tmp_path / "out.tokenizer.json", "--workers", 0)
+    assert again.exit_code == 2
+    assert "at least one worker" in again.output
+
+
+def test_tokenize_tells_speed_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    display = _Display()  # of no terminal: plain lines, one at most every ten seconds
+    display.update(TokenizeProgress("encoding", 100, 4000, 1000, 3000))
+    display._began -= 20
+    display._said -= 20
+    display.update(TokenizeProgress("encoding", 200, 9000, 2000, 3000))
+    display.update(TokenizeProgress("encoding", 201, 9001, 2001, 3000))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "going on after 100 documents, 4,000 tokens"
+    # 5000 tokens and 1000 bytes in 20 seconds, and 1000 bytes to go
+    assert said[1:] == ["encoding  200 documents  9,000 tokens  250 tokens/s  0:20 left"]
 
 
 def test_tokenize_names_a_missing_field(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from penstock.data_pipeline.datasets.text_batches import Place, TextBatch
 def encode_in_order(
     batches: Iterable[TextBatch], files: Sequence[Path], encoder: Encoder, *, workers: int
 ) -> Iterator[tuple[TextBatch, EncodedTexts]]:
-    """Encode batches in several processes while this one reads ahead; at most three batches a worker are in memory.
+    """Encode batches in several processes while this one reads ahead; at most four batches a worker are in memory.
 
     The workers leave when this process ends, however it ends.
 
@@ -52,7 +52,7 @@ def encode_in_order(
     try:
         for batch in batches:
             waiting.append((batch, pool.submit(_encode, batch.texts)))
-            if len(waiting) >= 3 * workers:
+            if len(waiting) >= 4 * workers:
                 yield first()
         while waiting:
             yield first()

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from penstock.data_pipeline.datasets.text import Split, TextFile
 
-_BATCH_CHARACTERS: Final = 1 << 19
+_BATCH_CHARACTERS: Final = 1 << 18
 _BATCH_DOCUMENTS: Final = 4096
 
 
@@ -46,7 +46,7 @@ class TextBatch:
 
 
 def read_batches(files: Sequence[Path], field: str, split: Split, start: Place = BEGINNING) -> Iterator[TextBatch]:
-    """Read documents in batches of about half a million characters.
+    """Read documents in batches of about a quarter of a million characters.
 
     Args:
         files: Text files; see :class:`TextFile`, also for ``field`` and ``split``.
