@@ -213,13 +213,17 @@ def _table(summary: dict[str, Any]) -> str:
     for name, row in summary.items():
         cells = [f"{row[k]['median']:.0f} ({row[k]['low']:.0f}-{row[k]['high']:.0f})" for k in ("wall", "cpu")]
         cells += [f"{net[name][k]:.0f}" if name != "bare loop" else "" for k in ("wall", "cpu")]
-        shares = (
-            ", ".join(f"{net['penstock'][k] / net[name][k]:.2f}" for k in ("wall", "cpu")) if net[name]["wall"] else ""
-        )
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {shares if name in ('torch', 'deepspeed') else ''} |")
+        if name in ("torch", "deepspeed"):
+            cells.append(_shares({k: summary["penstock"][k]["median"] / row[k]["median"] for k in row}))
+            cells.append(_shares({k: net["penstock"][k] / net[name][k] for k in row}))
+        lines.append(f"| {name} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |")
     if "deepspeed" not in summary:
         lines += ["", "DeepSpeed was not installed."]
     return "\n".join(lines) + "\n"
+
+
+def _shares(of: dict[str, float]) -> str:
+    return f"{of['wall']:.2f}, {of['cpu']:.2f}"
 
 
 if __name__ == "__main__":
