@@ -108,6 +108,16 @@ def test_switched_off_it_keeps_everything():
     assert scheduler.get_current_seq() == 256
 
 
+@pytest.mark.parametrize("step", [-1, -3, 1.5, "2"])
+def test_a_step_that_cannot_be_is_refused_and_not_counted(step):
+    scheduler = RandomLTDScheduler(section())
+    with pytest.raises(ValueError, match=f"steps are whole numbers from 0, got global_steps={step!r}"):
+        scheduler.update_seq(step)
+    with pytest.raises(ValueError, match=f"steps are whole numbers from 0, got train_iters={step!r}"):
+        scheduler.get_total_layer_tokens(step)
+    assert scheduler.consumed_layer_tokens == 0
+
+
 def test_state_goes_round():
     scheduler, layer = RandomLTDScheduler(section()), RandomLayerTokenDrop(nn.Linear(2, 2))
     for step in range(500):

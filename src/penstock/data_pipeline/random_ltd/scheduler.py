@@ -1,6 +1,7 @@
 """How many tokens the dropping layers keep at each step, and how many layer-tokens that comes to."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -67,7 +68,11 @@ class RandomLTDScheduler:
 
         Returns:
             The kept length.
+
+        Raises:
+            ValueError: There is no such step.
         """
+        _check_step(global_steps, "global_steps")
         self._kept = self._kept_at(global_steps, tokens)
         if global_steps != self._step:
             self.consumed_layer_tokens += self._planned.of_step(self._kept)
@@ -95,6 +100,7 @@ class RandomLTDScheduler:
 
     def get_total_layer_tokens(self, train_iters: int) -> int:
         """Layer-tokens of the steps ``0 .. train_iters - 1``; the scheduler stays where it is."""
+        _check_step(train_iters, "train_iters")
         self._check_tokens_known()
         return self._planned.before(train_iters)
 
@@ -183,3 +189,8 @@ class RandomLTDScheduler:
     def _apply(self) -> None:
         for layer in self._layers:
             layer.reserved_length = self._kept
+
+
+def _check_step(step: object, name: str) -> None:
+    if not isinstance(step, Integral) or int(step) < 0:
+        raise ValueError(f"steps are whole numbers from 0, got {name}={step!r}")
