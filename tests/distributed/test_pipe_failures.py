@@ -147,7 +147,7 @@ def run(world_size: int, pipe: int, *, absent: int | None = None, **kwargs: Any)
     ``absent`` is a rank that is killed in the end, if it has not killed itself: nothing is asked of it.
     """
     start = time.time()
-    kill = {absent: 14.0} if absent is not None and "late" in kwargs else None
+    kill = {absent: 12.0} if absent is not None and "late" in kwargs else None
     ended = run_fresh(work, world_size, pipe, deadline_s=40, kill=kill, **kwargs)
     text = "\n".join(f"--- rank {e.rank} ended with {e.code}, {e.seconds:.1f} s\n{e.stdout}{e.stderr}" for e in ended)
     faults = [float(found) for found in re.findall(r"FAULT ([0-9.]+)", text)]

@@ -3,12 +3,9 @@
 Each process has a launcher's environment variables, and the store is kept outside of them, as under ``torchrun``.
 """
 
-import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,45 +260,10 @@ ACCIDENTS = [
 ]
 
 
-class Ahead:
-    """Runs the accidents that this session asks for, one beyond the one that is checked: most of a run is waiting."""
-
-    def __init__(self, wanted: list[Accident], folder: Path) -> None:
-        self._wanted, self._folder = wanted, folder
-        self._executor = ThreadPoolExecutor(2)
-        self._runs: dict[str, Future[list[Ended]]] = {}
-
-    def result(self, accident: Accident) -> tuple[list[Ended], float]:
-        """How the processes ended, and when the fault was."""
-        place = self._wanted.index(accident)
-        # Under xdist the next one is another worker's.
-        several = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-        for near in self._wanted[place : place + several]:
-            if near.name not in self._runs:
-                folder = self._folder / str(ACCIDENTS.index(near))
-                folder.mkdir()
-                self._runs[near.name] = self._executor.submit(near.run, folder)
-        ended = self._runs[accident.name].result()
-        return ended, fault_time(self._folder / str(ACCIDENTS.index(accident)))
-
-    def close(self) -> None:
-        """Wait for what is still running."""
-        self._executor.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="module")
-def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead]:
-    params = [getattr(item, "callspec", None) for item in request.session.items]
-    wanted = [spec.params["accident"] for spec in params if spec is not None and "accident" in spec.params]
-    ahead = Ahead(wanted, tmp_path_factory.mktemp("accidents"))
-    yield ahead
-    ahead.close()
-
-
 @pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda accident: accident.name)
-def test_an_accident_ends_every_process(accident: Accident, ahead: Ahead) -> None:
-    ended, fault = ahead.result(accident)
-    accident.check(ended, fault)
+def test_an_accident_ends_every_process(accident: Accident, tmp_path: Path) -> None:
+    ended = accident.run(tmp_path)
+    accident.check(ended, fault_time(tmp_path))
 
 
 def test_rank_zero_that_keeps_the_store_itself_is_killed(tmp_path: Path) -> None:

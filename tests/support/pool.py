@@ -1,25 +1,25 @@
 """Processes for tests that need several ranks.
 
 ``WorkerPool`` keeps worker processes warm (importing torch takes seconds) and gives each job a fresh gloo group.
-``run_fresh`` starts processes for one job and is for tests in which a process is to fail, be killed or leave by itself.
+``run_fresh`` makes processes for one job and is for tests in which a process is to fail, be killed or leave by itself.
 
 A job is a module-level function ``fn(rank, world_size, *args)`` of a test file; it is found again in the worker by
 file and name, and its arguments and result must be picklable (plain values and CPU tensors).
 """
 
-import contextlib
+import atexit
 import datetime
 import importlib.util
 import multiprocessing as mp
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from support.nursery import PRELOADED, Birth, Nursery
 
 _TESTS = Path(__file__).resolve().parents[1]
 _modules: dict[str, ModuleType] = {}
@@ -99,7 +101,8 @@ class WorkerPool:
     """Warm gloo workers, started when first needed."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOADED))
         self._members: list[_Member] = []
 
     def run(
@@ -173,15 +176,10 @@ class Ended:
 
 
 _NO_PORT = "none"
-_MAIN = """
-import sys
-sys.path.insert(0, {tests!r})
-from support.pool import _fresh_main
-_fresh_main(sys.argv[1:])
-"""
 
 
-def _fresh_main(argv: Sequence[str]) -> None:
+def fresh_main(argv: Sequence[str]) -> None:
+    """What a fresh process does: the job that its arguments name."""
     file, name, rank, world_size, port, timeout_s, args_file = argv
     torch.set_num_threads(1)
     if port != _NO_PORT:
@@ -190,6 +188,13 @@ def _fresh_main(argv: Sequence[str]) -> None:
     _load(file, name)(int(rank), int(world_size), *args, **kwargs)
     if port != _NO_PORT:
         dist.destroy_process_group()
+
+
+@cache
+def _nursery() -> Nursery:
+    nursery = Nursery("support.pool", fresh_main.__name__)
+    atexit.register(nursery.close)
+    return nursery
 
 
 def run_fresh(
@@ -225,32 +230,22 @@ def run_fresh(
     with tempfile.TemporaryDirectory() as folder:
         args_file = Path(folder) / "args.pt"
         torch.save((args, kwargs), args_file)
+        nursery = _nursery()
         start, began = time.monotonic(), time.time()
-        processes: list[subprocess.Popen[str]] = []
-        ended: dict[int, float] = {}
         logs = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in range(world_size)]
-        for rank in range(world_size):
-            with logs[rank][0].open("w") as out, logs[rank][1].open("w") as err:
-                processes.append(
-                    subprocess.Popen(
-                        [
-                            sys.executable,
-                            "-c",
-                            _MAIN.format(tests=str(_TESTS)),
-                            file,
-                            name,
-                            str(rank),
-                            str(world_size),
-                            _NO_PORT if launched else str(store.port),
-                            str(deadline_s),
-                            str(args_file),
-                        ],
-                        stdout=out,
-                        stderr=err,
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else environment,
-                        text=True,
-                    )
+        job = (str(world_size), _NO_PORT if launched else str(store.port), str(deadline_s), str(args_file))
+        processes = [
+            nursery.fork(
+                Birth(
+                    argv=(file, name, str(rank), *job),
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if launched else environment,
+                    stdout=str(out),
+                    stderr=str(err),
                 )
+            )
+            for rank, (out, err) in enumerate(logs)
+        ]
+        ended: dict[int, tuple[int, float]] = {}
         to_kill = dict(kill or {})
         hung: list[int] = []
         while len(ended) < world_size:
@@ -259,19 +254,17 @@ def run_fresh(
                 when = to_kill.get(rank)
                 if when is not None and (when() if callable(when) else now >= when):
                     del to_kill[rank]
-                    with contextlib.suppress(ProcessLookupError):
-                        process.send_signal(signal.SIGKILL)
-                if rank not in ended and process.poll() is not None:
-                    ended[rank] = now
-                elif rank not in ended and now > deadline_s:
+                    nursery.kill(process, signal.SIGKILL)
+                code = nursery.poll(process)
+                if rank not in ended and code is not None:
+                    ended[rank] = code, now
+                elif rank not in ended and rank not in hung and now > deadline_s:
                     hung.append(rank)
-                    process.kill()
-                    process.wait()
-                    ended[rank] = now
+                    nursery.kill(process, signal.SIGKILL)
             time.sleep(0.005)
         results = [
-            Ended(rank, processes[rank].returncode, out.read_text(), err.read_text(), ended[rank], began + ended[rank])
-            for rank, (out, err) in enumerate(logs)
+            Ended(rank, code, *(log.read_text() for log in logs[rank]), seconds, began + seconds)
+            for rank, (code, seconds) in sorted(ended.items())
         ]
     if hung:
         text = "\n".join(f"--- rank {r.rank} ({r.code})\n{r.stdout}{r.stderr}" for r in results)
