@@ -55,10 +55,16 @@ def config(
     return result
 
 
-def model(*, layers: int = 4, dropout: float = 0.1) -> PipelineModule:
+def model(*, layers: int = 4, dropout: float = 0.1, vocabulary_parts: int = 1) -> PipelineModule:
     """A tiny GPT with tied embeddings, rotary positions and dropout."""
     shape = GPTConfig(
-        vocab_size=VOCAB, num_layers=layers, hidden_size=16, num_heads=2, context_length=LENGTH, dropout=dropout
+        vocab_size=VOCAB,
+        num_layers=layers,
+        hidden_size=16,
+        num_heads=2,
+        context_length=LENGTH,
+        dropout=dropout,
+        vocabulary_parts=vocabulary_parts,
     )
     return PipelineModule(gpt_layers(shape), loss_fn=gpt_loss)
 

@@ -8,6 +8,7 @@ from penstock.models.gpt import GPT, GPTConfig, gpt_block_indices, gpt_layers, g
 from penstock.models.gpt_modules import FinalNorm, GPTBlock, LearnedPositions, OutputHead, TokenEmbedding
 from penstock.models.hf_layers import hf_layers
 from penstock.models.hf_weights import hf_names, load_hf_weights
+from penstock.models.vocabulary import OutputPart, VocabularyPart
 
 __all__ = [
     "BERT",
@@ -19,7 +20,9 @@ __all__ = [
     "GPTConfig",
     "LearnedPositions",
     "OutputHead",
+    "OutputPart",
     "TokenEmbedding",
+    "VocabularyPart",
     "bert_block_indices",
     "bert_layer_flops",
     "bert_layers",

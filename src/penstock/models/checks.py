@@ -4,6 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from penstock.pipe.labels import IGNORED
+
 
 class Shape(Protocol):
     """The numbers that every transformer here has."""
@@ -105,3 +107,29 @@ def check_vocabulary(input_ids_BS: Tensor, vocab_size: int) -> None:
                 f"token ids run from {low} to {high}, but the vocabulary has ids 0 to {vocab_size - 1}; "
                 "use the tokenizer that the model was sized for, or a larger vocab_size"
             )
+
+
+def check_labels(labels_BS: Tensor | None, input_ids_BS: Tensor, vocab_size: int) -> None:
+    """Whether there is one label for each token, a token or :data:`~penstock.pipe.labels.IGNORED`; None is none at all.
+
+    Raises:
+        ValueError: There is not; values are looked at as in :func:`check_vocabulary`.
+    """
+    if labels_BS is None:
+        return
+    if labels_BS.shape != input_ids_BS.shape:
+        raise ValueError(
+            f"labels must be one for each token, {tuple(input_ids_BS.shape)}; got {tuple(labels_BS.shape)}"
+        )
+    if labels_BS.device.type == "cpu":
+        check_vocabulary(labels_BS[labels_BS != IGNORED], vocab_size)
+
+
+def check_vocabulary_division(vocabulary: int, size: int) -> None:
+    """Whether so many ranks can have some tokens each.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if vocabulary < size:
+        raise ValueError(f"tensor_parallel.size={size} is more than the vocabulary of {vocabulary} tokens; take fewer")

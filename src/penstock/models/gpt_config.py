@@ -26,6 +26,8 @@ class GPTConfig:
         init_std: Standard deviation of the initial weights; the two projections that write into the residual stream
             get ``init_std / sqrt(2 * num_layers)`` (as GPT-2).
         norm_eps: Epsilon of the layer norms.
+        vocabulary_parts: Layers into which the token embedding and the output layer are each cut by tokens, so that
+            stages may share them; 1 keeps both whole.
     """
 
     vocab_size: int
@@ -40,13 +42,26 @@ class GPTConfig:
     tie_embeddings: bool = True
     init_std: float = 0.02
     norm_eps: float = 1e-5
+    vocabulary_parts: int = 1
 
     def __post_init__(self) -> None:
         check_shape(
             self,
-            counts=("vocab_size", "num_layers", "hidden_size", "num_heads", "context_length"),
+            counts=(
+                "vocab_size",
+                "num_layers",
+                "hidden_size",
+                "num_heads",
+                "context_length",
+                "vocabulary_parts",
+            ),
             positive=("rope_theta", "init_std", "norm_eps"),
         )
+        if self.vocabulary_parts > self.vocab_size:
+            raise ValueError(
+                f"vocabulary_parts={self.vocabulary_parts} is more than the vocabulary's {self.vocab_size} tokens; "
+                "take fewer"
+            )
         if self.positions not in get_args(PositionKind):
             raise ValueError(f"positions must be 'rope' or 'learned', got {self.positions!r}")
         if self.positions == "rope" and self.head_size % 2:
@@ -64,3 +79,8 @@ class GPTConfig:
     def mlp_size(self) -> int:
         """Units of the MLP's inner layer."""
         return round(self.mlp_ratio * self.hidden_size)
+
+    def tokens_of_part(self, part: int) -> range:
+        """The tokens of one of the ``vocabulary_parts``, counted from 0; their numbers differ by at most one."""
+        parts = self.vocabulary_parts
+        return range(self.vocab_size * part // parts, self.vocab_size * (part + 1) // parts)

@@ -9,7 +9,6 @@ Shapes: B rows, S tokens, D hidden units, H heads, E units per head, V vocabular
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 
 from penstock._core.documents import document_mask
 from penstock._core.sequence_slice import current_slice, takes_slices
-from penstock.models.checks import check_length, check_token_ids, check_vocabulary
+from penstock.models.checks import check_vocabulary_division
 from penstock.models.gpt_config import GPTConfig
 from penstock.models.rotary import rotary_angles, rotate
+from penstock.models.token_inputs import TokenValue, token_inputs
 
-GPTValue = dict[str, Any]
+GPTValue = TokenValue
 
 
 @takes_slices
@@ -52,21 +52,9 @@ class TokenEmbedding(nn.Module):
             ``{"hidden": x_BSD, "position_ids": p_BS int64}`` and the dict's other entries. Positions that are not given
             are counted along the row.
         """
-        given = dict(value) if isinstance(value, dict) else {"input_ids": value}
-        input_ids_BS = check_token_ids(given.pop("input_ids", None))
-        for name in ("position_ids", "document_ids"):
-            if name in given and given[name].shape != input_ids_BS.shape:
-                raise ValueError(
-                    f"{name} must be one for each token, {tuple(input_ids_BS.shape)}; got {tuple(given[name].shape)}"
-                )
-        rows, length = input_ids_BS.shape
-        piece = current_slice()
-        start = 0 if piece is None else piece.extend(input_ids_BS).shape[1] - length
-        check_length(start + length, self.context_length)
-        check_vocabulary(input_ids_BS, len(self.weight))
-        x_BSD = F.dropout(self.lookup(input_ids_BS), self.dropout, self.training)
-        position_ids_BS = torch.arange(start, start + length, device=input_ids_BS.device).expand(rows, length)
-        return {"position_ids": position_ids_BS, **given, "hidden": x_BSD}
+        given = token_inputs(value, context_length=self.context_length, vocab_size=len(self.weight))
+        x_BSD = F.dropout(self.lookup(given.pop("input_ids")), self.dropout, self.training)
+        return {**given, "hidden": x_BSD}
 
     def lookup(self, input_ids_BS: Tensor) -> Tensor:
         """The tokens' vectors, ``[B, S, D]``."""
@@ -78,7 +66,7 @@ class TokenEmbedding(nn.Module):
 
     def tensor_parallel_plan(self, size: int) -> dict[str, str]:
         """Divided by tokens; see :mod:`penstock.pipe.tensor_parallel.plan`."""
-        _check_division(len(self.weight), size)
+        check_vocabulary_division(len(self.weight), size)
         return {"": "vocabulary"}
 
 
@@ -242,7 +230,7 @@ class GPTBlock(nn.Module):
 
 @takes_slices
 class FinalNorm(nn.Module):
-    """The last normalisation; only the hidden states leave it.
+    """The last normalisation; only the hidden states leave it, and the labels where the vocabulary is in parts.
 
     Args:
         config: The model's shape.
@@ -250,12 +238,15 @@ class FinalNorm(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.in_parts = config.vocabulary_parts > 1
         self.norm = _norm(config)
 
-    def forward(self, value: GPTValue) -> Tensor:
-        """Normalised hidden states, ``[B, S, D]``."""
+    def forward(self, value: GPTValue) -> Tensor | GPTValue:
+        """Normalised hidden states ``[B, S, D]``, or a dict with them under ``"hidden"`` for the vocabulary's parts."""
         x_BSD: Tensor = self.norm(value["hidden"])
-        return x_BSD
+        if not self.in_parts:
+            return x_BSD
+        return {"hidden": x_BSD, **({"labels": value["labels"]} if "labels" in value else {})}
 
 
 @takes_slices
@@ -277,7 +268,7 @@ class OutputHead(nn.Module):
 
     def tensor_parallel_plan(self, size: int) -> dict[str, str]:
         """Divided by tokens, the logits whole on every rank; see :mod:`penstock.pipe.tensor_parallel.plan`."""
-        _check_division(len(self.weight), size)
+        check_vocabulary_division(len(self.weight), size)
         return {"": "gathered_columns"}
 
 
@@ -292,11 +283,6 @@ def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
 
 
 tied_logits.divisible = True  # type: ignore[attr-defined]
-
-
-def _check_division(vocabulary: int, size: int) -> None:
-    if vocabulary < size:
-        raise ValueError(f"tensor_parallel.size={size} is more than the vocabulary of {vocabulary} tokens; take fewer")
 
 
 def _linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:

@@ -124,6 +124,12 @@ class PipelineModule:
         return {key: tie.layers for key, tie in self._ties.items()}
 
     @property
+    def takes_labels(self) -> bool:
+        """Whether the first layer is to have the labels among its inputs: its class says ``takes_labels = True``."""
+        first = self.specs[0]
+        return bool(getattr(first.typename if isinstance(first, LayerSpec) else first, "takes_labels", False))
+
+    @property
     def recomputed(self) -> frozenset[int]:
         """Canonical indices of the layers that ``activation_checkpoint_layers`` means."""
         return recomputed_layers(self.activation_checkpoint_layers, [_type_name(layer) for layer in self.specs])

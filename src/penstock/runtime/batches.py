@@ -43,6 +43,7 @@ class Cut:
         is_last: Whether it holds the last stage and so needs targets.
         device: Where tensors go.
         counts: Of several ranks that compute the same (those of a ``model`` axis), the one that counts it.
+        labels_enter: Whether the first stage gets the targets among its inputs; see :func:`labelled`.
     """
 
     micro_batch_size: int
@@ -53,6 +54,7 @@ class Cut:
     is_last: bool
     device: torch.device
     counts: bool = True
+    labels_enter: bool = False
 
     @property
     def enters(self) -> bool:
@@ -170,6 +172,22 @@ def collate_samples(
     return split_pair(torch.utils.data.default_collate(samples), targets_needed=targets_needed)
 
 
+def labelled(inputs: Any, targets: Any) -> Any:
+    """Token ids, or a dict with them, as a dict that has the labels too, for a first layer that takes them.
+
+    Raises:
+        ValueError: The inputs are something else.
+    """
+    if isinstance(inputs, Tensor):
+        inputs = {"input_ids": inputs}
+    if not isinstance(inputs, dict):
+        raise ValueError(
+            f"the model's first layer takes labels among its inputs, so these must be token ids or a dict, but a batch "
+            f"has a {type(inputs).__name__}; give dicts, or a model whose vocabulary is whole (vocabulary_parts=1)"
+        )
+    return {**inputs, "labels": targets}
+
+
 def tokens_in(inputs: Any) -> int:
     """Tokens of a micro-batch: elements of the first integer tensor of at least two dimensions, else rows."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
@@ -200,6 +218,8 @@ def _rows(inputs: Any) -> int | None:
 def _micro_batch(
     inputs: Any, targets: Any, index: int, positions: Sequence[int], cut: Cut, weight: float = 1.0
 ) -> MicroBatch:
+    if cut.labels_enter and cut.is_first:
+        inputs = labelled(inputs, targets)
     return MicroBatch(
         inputs=_to(inputs, cut.device) if cut.is_first else None,
         targets=_to(targets, cut.device) if cut.is_last else None,

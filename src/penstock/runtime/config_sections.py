@@ -63,12 +63,13 @@ class ModelSection(Section):
     tie_embeddings: bool = True
     init_std: float = 0.02
     norm_eps: float = 1e-5
+    vocabulary_parts: int = Field(default=1, ge=1)
 
     _known_name = field_validator("name")(one_of("model", MODELS))
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:
-        self.gpt_config(vocab_size=1, context=1)  # stand in for what is not known yet
+        self.gpt_config(vocab_size=self.vocabulary_parts, context=1)  # stand in for what is not known yet
         return self
 
     def gpt_config(self, *, vocab_size: int | None = None, context: int | None = None) -> GPTConfig:

@@ -240,7 +240,8 @@ class Engine:
         parts = self.parts
         self.validate()
         with self._told("predict_batch"):
-            micro_batches = batches.from_iterator(data_iter, parts.cut, self.progress.samples, targets_needed=False)
+            cut = replace(parts.cut, labels_enter=False)  # with them a model may give losses
+            micro_batches = batches.from_iterator(data_iter, cut, self.progress.samples, targets_needed=False)
             with common_weights(parts):
                 outputs = parts.pipeline.predict_step(micro_batches, ranks=pipe_ranks)
             self._reshard()

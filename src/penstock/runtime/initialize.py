@@ -181,6 +181,7 @@ def initialize(
             is_last=stage.is_last,
             device=process.device,
             counts=groups.model_rank == 0,
+            labels_enter=module is not None and module.takes_labels and ready.loss_fn is not None,
         )
         return Engine(
             Parts(

@@ -11,6 +11,7 @@ from penstock.models.bert_modules import BERTBlock, BERTTransform
 from penstock.models.flops import bert_layer_flops, gpt_head_flops, gpt_layer_flops
 from penstock.models.gpt import GPTConfig
 from penstock.models.gpt_modules import GPTBlock, OutputHead, tied_logits
+from penstock.models.vocabulary import OutputPart, part_scores
 from penstock.pipe.layer_spec import LayerSpec, TiedLayerSpec
 from penstock.pipe.local_stages import AnyStages
 from penstock.pipe.module import PipelineModule
@@ -119,6 +120,10 @@ def _flops(spec: object) -> LayerFlops | None:
             return lambda tokens, _: 2 * config.hidden_size**2 * tokens
     elif spec.typename is GPTBlock:
         return partial(gpt_layer_flops, config)
-    if spec.typename is OutputHead or (isinstance(spec, TiedLayerSpec) and spec.forward_fn is tied_logits):
+    forward_fn = spec.forward_fn if isinstance(spec, TiedLayerSpec) else None
+    if isinstance(config, GPTConfig) and (spec.typename is OutputPart or forward_fn is part_scores):
+        width = 2 * config.hidden_size * len(config.tokens_of_part(spec.module_args[1]))
+        return lambda tokens, _: width * tokens
+    if spec.typename is OutputHead or forward_fn is tied_logits:
         return lambda tokens, _: gpt_head_flops(config, tokens)
     return None

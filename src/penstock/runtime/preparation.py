@@ -118,6 +118,12 @@ def prepare(
             f"pipe.activation_compression={pipe.activation_compression} is for what goes from one pipeline rank to "
             "the next, and this run has 1; set pipe.stages to 2 or more, or activation_compression: none"
         )
+    if pipe.activation_compression != "none" and module is not None and module.takes_labels:
+        raise ValueError(
+            f"pipe.activation_compression={pipe.activation_compression} would round the terms of the loss that a "
+            "vocabulary in parts sends from stage to stage; set activation_compression: none, or the model's "
+            "vocabulary_parts to 1"
+        )
     _check_tensor_parallel(settings, model, optimizer)
     check_compiling(settings.compile, model)
     if settings.compile.enabled and _splits(pipe_schedule):

@@ -25,7 +25,7 @@ from penstock.pipe.schedule import Schedule, get_schedule
 from penstock.pipe.stage import Stage
 from penstock.pipe.topology import ProcessTopology
 from penstock.pipe.value import map_tensors, to_device
-from penstock.runtime.batches import collate_samples
+from penstock.runtime.batches import collate_samples, labelled
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine_costs import EngineCosts
 from penstock.runtime.process import Process
@@ -88,6 +88,8 @@ class Profiler:
             reading: Seconds that reading such a batch took.
             split: Whether to rehearse split backward passes, too.
         """
+        if self.module.takes_labels and self.loss_fn is not None:
+            batch = labelled(*batch), batch[1]
         if self._rounds == 0:
             self._divide_by_time(size, batch)
         profile = replace(self._measured(size, batch, least_s=_LEAST_S), reading=reading)

@@ -66,7 +66,8 @@ KNOWN_ARGUMENTS: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(("protected_tokens", "token_weights"), "padding"),
     **dict.fromkeys(
-        ("position_ids", "positions", "input_pos", "token_type_ids", "document_ids", "segment_ids"), "positions"
+        ("position_ids", "positions", "input_pos", "token_type_ids", "document_ids", "segment_ids", "labels"),
+        "positions",
     ),
     **dict.fromkeys(
         ("position_embeddings", "cos", "sin", "rotary", "rotary_pos_emb", "rotary_emb", "rope", "freqs", "freqs_cis"),
