@@ -1,5 +1,6 @@
 """Layers divided over ranks: losses, norms, weights and checkpoints are those of one process."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 import penstock
 from penstock._core.meter import Meter
+from penstock.models import BERTConfig, bert_layers, bert_loss
 from penstock.models.gpt import GPTConfig, gpt_layers, gpt_loss
 from penstock.models.gpt_modules import TokenEmbedding
 from penstock.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
@@ -78,6 +80,41 @@ def test_a_divided_run_equals_one_process(
         for key in ("samples", "raw_tokens", "layer_tokens"):
             assert summary[key]["spent"] == alone[4][key]["spent"]
         assert summary["bytes_sent"]["model"]["spent"] > 0
+
+
+def bert_batches(step: int) -> Iterator[Any]:
+    """Masked rows, some of them padded."""
+    generator = torch.Generator().manual_seed(step)
+    for index in range(4):
+        ids = torch.randint(1, 61, (1, 12), generator=generator)
+        mask = torch.arange(12)[None] < 12 - 3 * index
+        yield {"input_ids": ids, "attention_mask": mask}, ids.masked_fill(~mask | (ids % 3 > 0), -100)
+
+
+def divided_bert(rank: int, world_size: int, made: dict[str, Any]) -> Any:
+    torch.set_num_threads(1)
+    shape = BERTConfig(vocab_size=61, num_layers=2, hidden_size=16, num_heads=4, context_length=12, dropout=0.1)
+    module = PipelineModule(bert_layers(shape), loss_fn=bert_loss)
+    with penstock.initialize(module, made) as engine:
+        losses = [engine.train_batch(bert_batches(step)) for step in range(3)]
+        weights = {
+            name: full_tensor(p.detach(), group=engine.parts.groups.model, meter=Meter()).clone()
+            for name, p in engine.stage.canonical_parameters()
+        }
+        held = sum(part(p).numel() for p in engine.stage.parameters())
+        whole = sum(p.numel() for p in engine.stage.parameters())
+    return losses, weights, held / whole
+
+
+def test_a_divided_bert_equals_one_process(pool: WorkerPool) -> None:
+    made = settings(2, 1, 2, dropping=False)
+    answers = pool.run(divided_bert, 4, made)
+    alone = divided_bert(0, 1, settings(1, 1, 1, dropping=False))
+    for losses, weights, share in answers:
+        assert losses == pytest.approx(alone[0], rel=1e-11)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, alone[1][name], rtol=1e-9, atol=1e-12)
+        assert share < 0.6  # the norms, positions and biases of sums are whole
 
 
 def test_a_divided_run_resumes_to_the_bit_and_into_other_layouts(pool: WorkerPool, tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def copied(ours, theirs):
         attention = layer.attention.self
         for name in ("weight", "bias"):
             parts = [getattr(part, name) for part in (attention.query, attention.key, attention.value)]
-            pairs.append((getattr(block.qkv, name), torch.cat(parts)))
+            by_head = [part.unflatten(0, (CONFIG.num_heads, CONFIG.head_size)) for part in parts]
+            pairs.append((getattr(block.qkv, name), torch.stack(by_head, dim=1).flatten(0, 2)))
         pairs += [
             (block.out, layer.attention.output.dense),
             (block.attn_norm, layer.attention.output.LayerNorm),

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from penstock.models.attention import attend_as_all_heads
 from penstock.models.bert_config import BERTConfig
-from penstock.models.checks import check_length, check_token_ids, check_vocabulary
+from penstock.models.checks import check_block_division, check_length, check_token_ids, check_vocabulary
+from penstock.models.token_vectors import TokenVectors
 
 BERTValue = dict[str, Any]
 
 
-class BERTTokens(nn.Module):
+class BERTTokens(TokenVectors):
     """Token ids to vectors; the first layer, and the owner of the output layer's weight.
 
     Args:
@@ -27,10 +29,8 @@ class BERTTokens(nn.Module):
     """
 
     def __init__(self, config: BERTConfig) -> None:
-        super().__init__()
+        super().__init__(config.vocab_size, config.hidden_size, std=config.init_std)
         self.context_length = config.context_length
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        nn.init.normal_(self.weight, std=config.init_std)
 
     def forward(self, value: Tensor | BERTValue) -> BERTValue:
         """Look the tokens up.
@@ -55,7 +55,7 @@ class BERTTokens(nn.Module):
                     f"attention_mask must mark the real tokens, {tuple(ids_BS.shape)}; got {tuple(mask.shape)}"
                 )
             given["token_mask"] = mask.bool()
-        return {**given, "hidden": F.embedding(ids_BS, self.weight)}
+        return {**given, "hidden": self.lookup(ids_BS)}
 
 
 class BERTPositions(nn.Module):
@@ -88,11 +88,16 @@ class BERTBlock(nn.Module):
 
     Args:
         config: The model's shape.
+
+    Attributes:
+        heads: Which attention heads it computes: all, or a tensor-parallel rank's own.
     """
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
         self.config = config
+        self.heads = range(config.num_heads)
+        # Its output features are those of head 0's query, key and value, then head 1's, and so on.
         self.qkv = _linear(config, config.hidden_size, 3 * config.hidden_size)
         self.out = _linear(config, config.hidden_size, config.hidden_size)
         self.attn_norm = _norm(config)
@@ -108,22 +113,32 @@ class BERTBlock(nn.Module):
         transformed = self.down(F.gelu(self.up(x_BSD)))
         return {**value, "hidden": self.mlp_norm(x_BSD + F.dropout(transformed, dropout, self.training))}
 
+    def tensor_parallel_plan(self, size: int) -> dict[str, str]:
+        """Heads and the MLP's inner units divided; see :mod:`penstock.pipe.tensor_parallel.plan`."""
+        check_block_division(len(self.heads), self.up.out_features, size)
+        return {"": "heads", "qkv": "columns", "out": "rows", "up": "columns", "down": "rows"}
+
     def _attend(self, x_BSD: Tensor, real_BS: Tensor | None) -> Tensor:
-        rows, length, width = x_BSD.shape
-        config = self.config
-        q_BHSE, k_BHSE, v_BHSE = (
-            part.view(rows, length, config.num_heads, config.head_size).transpose(1, 2)
-            for part in self.qkv(x_BSD).chunk(3, dim=-1)
-        )
-        y_BHSE = F.scaled_dot_product_attention(
-            q_BHSE,
-            k_BHSE,
-            v_BHSE,
-            # Of a row of which only padding was kept nothing may be attended to; PyTorch then gives zeros.
-            attn_mask=None if real_BS is None else real_BS[:, None, None, :],
-            dropout_p=config.dropout if self.training else 0.0,
-        )
-        return y_BHSE.transpose(1, 2).reshape(rows, length, width)
+        config, heads = self.config, self.heads
+        rows, length, _ = x_BSD.shape
+        qkv_BSH3E = self.qkv(x_BSD).view(rows, length, len(heads), 3, config.head_size)
+        q_BHSE, k_BHSE, v_BHSE = (x_BSHE.transpose(1, 2) for x_BSHE in qkv_BSH3E.unbind(3))
+        mask = None if real_BS is None else real_BS[:, None, None, :]
+        if self.training and config.dropout > 0.0 and len(heads) < config.num_heads:
+            allowed = torch.ones(1, 1, 1, length, dtype=torch.bool, device=x_BSD.device) if mask is None else mask
+            y_BHSE = attend_as_all_heads(
+                q_BHSE, k_BHSE, v_BHSE, allowed, heads=heads, num_heads=config.num_heads, dropout=config.dropout
+            )
+        else:
+            y_BHSE = F.scaled_dot_product_attention(
+                q_BHSE,
+                k_BHSE,
+                v_BHSE,
+                # Of a row of which only padding was kept nothing may be attended to; PyTorch then gives zeros.
+                attn_mask=mask,
+                dropout_p=config.dropout if self.training else 0.0,
+            )
+        return y_BHSE.transpose(1, 2).reshape(rows, length, len(heads) * config.head_size)
 
 
 class BERTTransform(nn.Module):
@@ -142,6 +157,10 @@ class BERTTransform(nn.Module):
         """Hidden states for the output layer, ``[B, S, D]``."""
         x_BSD: Tensor = self.norm(F.gelu(self.linear(value["hidden"])))
         return x_BSD
+
+    def tensor_parallel_plan(self, size: int) -> dict[str, str]:
+        """Divided by output features, the result whole on every rank; see :mod:`penstock.pipe.tensor_parallel.plan`."""
+        return {"linear": "gathered_columns"}
 
 
 class BERTOutputBias(nn.Module):

@@ -133,3 +133,17 @@ def check_vocabulary_division(vocabulary: int, size: int) -> None:
     """
     if vocabulary < size:
         raise ValueError(f"tensor_parallel.size={size} is more than the vocabulary of {vocabulary} tokens; take fewer")
+
+
+def check_block_division(heads: int, inner: int, size: int) -> None:
+    """Whether so many ranks can divide a block's attention heads and its MLP's inner units.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if heads % size:
+        raise ValueError(
+            f"tensor_parallel.size={size} cannot divide num_heads={heads} evenly; take a size that divides it"
+        )
+    if inner < size:
+        raise ValueError(f"tensor_parallel.size={size} is more than the MLP's {inner} inner units; take fewer")

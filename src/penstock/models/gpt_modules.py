@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 from penstock._core.documents import document_mask
 from penstock._core.sequence_slice import current_slice, takes_slices
-from penstock.models.checks import check_vocabulary_division
+from penstock.models.attention import attend_as_all_heads
+from penstock.models.checks import check_block_division, check_vocabulary_division
 from penstock.models.gpt_config import GPTConfig
 from penstock.models.rotary import rotary_angles, rotate
 from penstock.models.token_inputs import TokenValue, token_inputs
+from penstock.models.token_vectors import TokenVectors
 
 GPTValue = TokenValue
 
 
 @takes_slices
-class TokenEmbedding(nn.Module):
+class TokenEmbedding(TokenVectors):
     """Token ids to vectors; the first layer, and with tied embeddings the owner of the output layer's weight.
 
     Args:
@@ -33,12 +35,10 @@ class TokenEmbedding(nn.Module):
     """
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
+        super().__init__(config.vocab_size, config.hidden_size, std=config.init_std)
         self.context_length = config.context_length
         # Learned positions are added by the next layer, which then applies the dropout.
         self.dropout = config.dropout if config.positions == "rope" else 0.0
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        nn.init.normal_(self.weight, std=config.init_std)
 
     def forward(self, value: Tensor | GPTValue) -> GPTValue:
         """Look the tokens up.
@@ -55,19 +55,6 @@ class TokenEmbedding(nn.Module):
         given = token_inputs(value, context_length=self.context_length, vocab_size=len(self.weight))
         x_BSD = F.dropout(self.lookup(given.pop("input_ids")), self.dropout, self.training)
         return {**given, "hidden": x_BSD}
-
-    def lookup(self, input_ids_BS: Tensor) -> Tensor:
-        """The tokens' vectors, ``[B, S, D]``."""
-        return F.embedding(input_ids_BS, self.weight)
-
-    def logits(self, x_BSD: Tensor) -> Tensor:
-        """Products with every token's vector, ``[B, S, V]``."""
-        return F.linear(x_BSD, self.weight)
-
-    def tensor_parallel_plan(self, size: int) -> dict[str, str]:
-        """Divided by tokens; see :mod:`penstock.pipe.tensor_parallel.plan`."""
-        check_vocabulary_division(len(self.weight), size)
-        return {"": "vocabulary"}
 
 
 @takes_slices
@@ -139,7 +126,9 @@ class CausalSelfAttention(nn.Module):
         q_BHSE, k_BHKE, v_BHKE = (x_BSHE.transpose(1, 2) for x_BSHE in (q_BSHE, k_BSHE, v_BSHE))
         if as_all_heads:
             assert mask is not None
-            y_BHSE = self._attend_as_all_heads(q_BHSE, k_BHKE, v_BHKE, mask)
+            y_BHSE = attend_as_all_heads(
+                q_BHSE, k_BHKE, v_BHKE, mask, heads=self.heads, num_heads=config.num_heads, dropout=config.dropout
+            )
         else:
             y_BHSE = F.scaled_dot_product_attention(
                 q_BHSE,
@@ -151,21 +140,6 @@ class CausalSelfAttention(nn.Module):
             )
         y_BSD: Tensor = self.out(y_BHSE.transpose(1, 2).reshape(rows, length, len(self.heads) * config.head_size))
         return y_BSD
-
-    def _attend_as_all_heads(self, q_BHSE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, allowed: Tensor) -> Tensor:
-        """Attention with dropout on some of the heads, which drop what they would among all of them.
-
-        So a rank that computes two heads of eight draws what one that computes eight draws, and whatever is drawn
-        after it is the same on all ranks.
-        """
-        config, (rows, _, length, _), places = self.config, q_BHSE.shape, k_BHKE.shape[2]
-        scores_BHSK = q_BHSE @ k_BHKE.transpose(-2, -1) / math.sqrt(config.head_size)
-        weights_BHSK = scores_BHSK.masked_fill(~allowed, -math.inf).softmax(dim=-1)
-        every_head = torch.empty(
-            rows, config.num_heads, length, places, dtype=weights_BHSK.dtype, device=weights_BHSK.device
-        )
-        kept_BHSK = every_head.bernoulli_(1.0 - config.dropout)[:, self.heads.start : self.heads.stop]
-        return (weights_BHSK * kept_BHSK / (1.0 - config.dropout)).to(v_BHKE.dtype) @ v_BHKE
 
 
 class MLP(nn.Module):
@@ -212,13 +186,7 @@ class GPTBlock(nn.Module):
 
     def tensor_parallel_plan(self, size: int) -> dict[str, str]:
         """Heads and the MLP's inner units divided; see :mod:`penstock.pipe.tensor_parallel.plan`."""
-        heads, inner = len(self.attn.heads), self.mlp.up.out_features
-        if heads % size:
-            raise ValueError(
-                f"tensor_parallel.size={size} cannot divide num_heads={heads} evenly; take a size that divides it"
-            )
-        if inner < size:
-            raise ValueError(f"tensor_parallel.size={size} is more than the MLP's {inner} inner units; take fewer")
+        check_block_division(len(self.attn.heads), self.mlp.up.out_features, size)
         return {
             "attn": "heads",
             "attn.qkv": "columns",
@@ -275,7 +243,7 @@ class OutputHead(nn.Module):
 @takes_slices
 def tied_logits(embedding: nn.Module, x_BSD: Tensor) -> Tensor:
     """Logits ``[B, S, V]`` by the token embedding's weight: the ``forward_fn`` of the tied output layer."""
-    if isinstance(embedding, TokenEmbedding):
+    if isinstance(embedding, TokenVectors):
         return embedding.logits(x_BSD)
     weight = embedding.weight
     assert isinstance(weight, Tensor)

@@ -21,14 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock._core.sequence_slice import takes_slices
-from penstock.models.checks import check_labels, check_vocabulary_division
+from penstock.models.checks import check_labels
 from penstock.models.gpt_config import GPTConfig
 from penstock.models.token_inputs import TokenValue, token_inputs
+from penstock.models.token_vectors import TokenVectors
 from penstock.pipe.labels import IGNORED
 
 
 @takes_slices
-class VocabularyPart(nn.Module):
+class VocabularyPart(TokenVectors):
     """Vectors of some of the tokens, as a part of the token embedding.
 
     The parts are called in order. The first one takes the batch's inputs.
@@ -42,13 +43,12 @@ class VocabularyPart(nn.Module):
     """A first layer that is to have the labels among its inputs, where there are some."""
 
     def __init__(self, config: GPTConfig, part: int) -> None:
-        super().__init__()
+        tokens = config.tokens_of_part(part)
+        super().__init__(len(tokens), config.hidden_size, std=config.init_std)
         self.config = config
-        self.tokens = config.tokens_of_part(part)
+        self.tokens = tokens
         self.is_first = self.tokens.start == 0
         self.is_last = self.tokens.stop == config.vocab_size
-        self.weight = nn.Parameter(torch.empty(len(self.tokens), config.hidden_size))
-        nn.init.normal_(self.weight, std=config.init_std)
 
     def forward(self, value: Any) -> Any:
         """Add this part's tokens to the hidden states.
@@ -104,19 +104,6 @@ class VocabularyPart(nn.Module):
         if self.is_last:
             return log_sum_BS - label_logit_BS
         return {**value, "label_logit": label_logit_BS, "log_sum": log_sum_BS}
-
-    def lookup(self, ids_BS: Tensor) -> Tensor:
-        """The vectors of tokens counted from this part's first, ``[B, S, D]``."""
-        return F.embedding(ids_BS, self.weight)
-
-    def logits(self, x_BSD: Tensor) -> Tensor:
-        """Products with the vectors of the P tokens here, ``[B, S, P]``."""
-        return F.linear(x_BSD, self.weight)
-
-    def tensor_parallel_plan(self, size: int) -> dict[str, str]:
-        """Divided by tokens once more; see :mod:`penstock.pipe.tensor_parallel.plan`."""
-        check_vocabulary_division(len(self.tokens), size)
-        return {"": "vocabulary"}
 
     def _elsewhere(self, ids_BS: Tensor) -> Tensor:
         """Where another part has the token; one outside the vocabulary is left for the kernel to refuse."""
