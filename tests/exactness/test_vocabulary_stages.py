@@ -21,6 +21,7 @@ def settings(stages: int = 1, bounds: list[int] | None = None, *, dropping: bool
     made = config(stages=stages, steps=STEPS, dropping=dropping, **changes)
     made["train"] = {"global_batch_size": 4, "micro_batch_size": 1, "steps": STEPS}
     made["optimizer"]["gradient_clipping"] = 0.5
+    made["schedule"] = {"decay": "constant"}
     if bounds is not None:
         made["pipe"]["partition_method"] = bounds
     return made

@@ -109,6 +109,13 @@ def test_the_layers_are_the_model(name: str, masked: bool) -> None:
         torch.testing.assert_close(ours[canonical].grad, theirs[own].grad, rtol=1e-10, atol=1e-13)
 
 
+def test_a_loaded_model_which_is_in_eval_mode_is_trained() -> None:
+    model = build("gpt2").eval()
+    stages = [PipelineModule(hf_layers(model), num_stages=2).build_stage(number) for number in range(2)]
+    assert all(module.training for stage in stages for module in stage.modules())
+    assert not any(module.training for module in model.modules())
+
+
 def job(rank: int, world_size: int, name: str, stages: int, folder: str) -> list[float]:
     """Losses of 3 steps of SGD, and a checkpoint."""
     torch.set_num_threads(1)

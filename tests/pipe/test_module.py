@@ -304,3 +304,11 @@ def test_stages_hold_consecutive_layers_each_once(stages: int) -> None:
     built = [module.build_stage(stage) for stage in range(stages)]
     assert [(s.start, s.stop) for s in built] == list(itertools.pairwise(module.bounds))
     assert [i for s in built for i, _ in s.canonical_modules()] == list(range(7))
+
+
+def test_a_single_layer_in_eval_mode_stays_in_it() -> None:
+    frozen = nn.Sequential(nn.Dropout()).eval()
+    mixed = PipelineModule([nn.Linear(2, 2), frozen], num_stages=1).build_stage(0)
+    beside_a_spec = PipelineModule([LayerSpec(nn.Linear, 2, 2), frozen], num_stages=1).build_stage(0)
+    for stage in (mixed, beside_a_spec):
+        assert [layer.training for _, layer in stage.canonical_modules()] == [True, False]

@@ -386,6 +386,29 @@ def test_a_searched_schedule_is_never_slower() -> None:
     assert searched.best.seconds <= free.best.seconds
 
 
+def test_a_search_gives_each_rank_the_memory_that_its_own_weights_leave() -> None:
+    pytest.importorskip("ortools")
+    # The first rank is full of weights, the second keeps many activations: a fat vocabulary before its blocks.
+    layers = (layer(kept=10, parameters=600, state=300), layer(kept=500, parameters=50, state=50))
+    free, found = (
+        plan([Profile(1, layers)], ranks=2, samples=4, memory=1000, schedules=["1f1b"], search_effort_s=effort)
+        for effort in (0.0, 0.5)
+    )
+    assert max(found.best.memory) <= 1000
+    assert len(found.predictions) == len(free.predictions) + 1
+
+
+def test_no_choice_has_a_stage_that_a_run_would_refuse() -> None:
+    # Most of the time goes by in layers without parameters.
+    costs = [(1, True), (8, False), (16, True), (2, False), (8, False), (1, True), (16, False)]
+    layers = tuple(layer(float(f), 2.0 * f, kept=1, state=int(trained)) for f, trained in costs)
+    profiles = [Profile(rows, layers) for rows in (1, 2, 4, 8)]
+    for found in plan(profiles, ranks=2, samples=16).predictions:
+        assert all(any(x.state for x in layers[a:b]) for a, b in itertools.pairwise(found.bounds))
+    with pytest.raises(ValueError, match="leaves one without trainable parameters"):
+        plan(profiles, ranks=4, samples=16)
+
+
 def test_one_rank_has_one_schedule() -> None:
     found = plan([uniform()], ranks=1, samples=4)
     assert [p.schedule.name for p in predictions(found)] == ["1f1b", "1f1b"]

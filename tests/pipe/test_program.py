@@ -1,5 +1,7 @@
+import pytest
+
 from penstock.pipe.program import Program
-from penstock.pipe.schedule import Action, Channel, Schedule, get_schedule
+from penstock.pipe.schedule import Action, Channel, Schedule, forward_on, get_schedule, simulate, validate
 
 
 def text(program: Program) -> str:
@@ -28,9 +30,20 @@ def test_forward_only_keeps_the_placement() -> None:
         [Action(1, "F", 0), Action(1, "B", 0)],
     ]
     program = Program.of(Schedule.from_ranks(ranks, "loop"), 0).forward_only(2)
-    assert text(program) == "0F0 0SEND_F0 2RECV_F0 2F0 0F1 0SEND_F1 2RECV_F1 2F1"
+    assert text(program) == "0F0 0SEND_F0 0F1 0SEND_F1 2RECV_F0 2F0 2RECV_F1 2F1"
     assert program.stages == (0, 2)
     assert program.schedule.forward_only
+
+
+@pytest.mark.parametrize(
+    "placement", [(0, 1, 2, 3), (0, 1, 2, 3, 0, 1, 2, 3), (0, 1, 2, 3, 3, 2, 1, 0), (0, 0, 1, 2, 3)]
+)
+def test_forward_passes_fill_the_pipeline_wherever_stages_lie(placement: tuple[int, ...]) -> None:
+    schedule = forward_on(placement, 16)
+    assert schedule.placement == placement
+    validate(schedule, capacity=max(4, len(placement) + 1))  # the engine's window
+    busiest = max(placement.count(rank) for rank in placement)
+    assert simulate(schedule).makespan <= busiest * 16 + len(placement) - 1
 
 
 def test_gradients_are_final_after_the_last_weight_half() -> None:

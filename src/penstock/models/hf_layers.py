@@ -66,12 +66,17 @@ def hf_layers(model: Any) -> list[nn.Module | TiedLayerSpec]:
     if family == "gpt2":
         positions: list[nn.Module] = [HFPositions(body.wpe, body.drop)]
         blocks: list[nn.Module] = [HFGPT2Block(block, config) for block in body.h]
-        return [first, *positions, *blocks, HFNorm(body.ln_f), last]
-    blocks = [
-        HFBlock(block, body.rotary_emb, config, sliding=_slides(config, number))
-        for number, block in enumerate(body.layers)
-    ]
-    return [first, *blocks, HFNorm(body.norm), last]
+        layers = [first, *positions, *blocks, HFNorm(body.ln_f), last]
+    else:
+        blocks = [
+            HFBlock(block, body.rotary_emb, config, sliding=_slides(config, number))
+            for number, block in enumerate(body.layers)
+        ]
+        layers = [first, *blocks, HFNorm(body.norm), last]
+    for layer in layers:
+        if isinstance(layer, nn.Module):
+            layer.training = model.training  # the wrapper alone: what is inside is the model's own
+    return layers
 
 
 class HFEmbedding(nn.Module):

@@ -36,7 +36,8 @@ class PipelineModule:
     Weights are drawn from a generator seeded with ``(base_seed, canonical layer index)``, on the CPU, so they depend
     neither on the partition nor on the device; layers of one tie key use the index of the first. ``nn.Module``
     instances, in the list or among a spec's arguments, keep the weights they have; each stage gets a copy of its own
-    ones, and the instance is left alone.
+    ones, and the instance is left alone. Where all layers are such instances and in eval mode, as a model is after
+    loading, the copies are put into train mode; single layers in eval mode stay in it.
 
     Args:
         layers: :class:`LayerSpec`, :class:`TiedLayerSpec`, ``nn.Module`` instances and plain callables, in order.
@@ -269,7 +270,14 @@ class PipelineModule:
             module = copy.deepcopy(layer)
         else:
             module = FunctionLayer(layer)
+        if self._given_in_eval_mode():
+            module.train()
         return module.to(device=device, dtype=dtype)
+
+    def _given_in_eval_mode(self) -> bool:
+        """Whether the layers are modules that exist already, all of them in eval mode: a model as it was loaded."""
+        given = [_modules_given(layer) for layer in self.specs if isinstance(layer, LayerSpec | nn.Module)]
+        return bool(given) and all(modules and not any(m.training for m in modules) for modules in given)
 
     @contextmanager
     def _seeded(self, index: int) -> Iterator[None]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
-from penstock.pipe.schedule import COMPUTE_OPS, Action, Channel, Schedule, channel_of, place_communication
+from penstock.pipe.schedule import COMPUTE_OPS, Action, Channel, Schedule, channel_of, forward_on, place_communication
 
 Steps = tuple[tuple[Action, Channel | None], ...]
 
@@ -73,15 +73,7 @@ class Program:
 
     def forward_only(self, micro_batches: int) -> "Program":
         """The program that computes outputs of ``micro_batches`` micro-batches with the same placement of stages."""
-        ranks = [
-            [
-                Action(stage, "F", micro_batch)
-                for micro_batch in range(micro_batches)
-                for stage in self.schedule.stages_of(rank)
-            ]
-            for rank in range(self.schedule.num_ranks)
-        ]
-        return Program.of(Schedule.from_ranks(ranks, "forward_only"), self.rank)
+        return Program.of(forward_on(self.schedule.placement, micro_batches), self.rank)
 
 
 def _messages(steps: Steps) -> dict[Channel, int]:

@@ -18,6 +18,7 @@ from penstock.pipe.broadcast import broadcast_value
 from penstock.pipe.groups import PipeGroups
 from penstock.pipe.layer_spec import TiedLayerSpec
 from penstock.pipe.micro_batch import MicroBatch
+from penstock.pipe.modes import random_state_kept
 from penstock.pipe.module import LayerSpec, PipelineModule
 from penstock.pipe.planner import Flow, LayerCosts, Profile, measure_layers, plan_bounds, predict, run_through
 from penstock.pipe.planner.profile import layer_from_json
@@ -90,6 +91,10 @@ class Profiler:
         """
         if self.module.takes_labels and self.loss_fn is not None:
             batch = labelled(*batch), batch[1]
+        with random_state_kept(self.device):  # layers are seeded, and each rank measures others
+            return self._profile(size, batch, reading=reading, split=split)
+
+    def _profile(self, size: int, batch: tuple[Any, Any], *, reading: float, split: bool) -> Profile:
         if self._rounds == 0:
             self._divide_by_time(size, batch)
         profile = replace(self._measured(size, batch, least_s=_LEAST_S), reading=reading)

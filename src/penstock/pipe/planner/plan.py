@@ -94,6 +94,14 @@ def plan(
         found.append(_refined(profile, prediction, memory))
         if memory is not None:
             found += [new for new in _selective(profile, found[-1], memory) if not any(_same(new, f) for f in found)]
+    by_size = {profile.micro_batch_size: profile for profile in usable}
+    usual = [prediction for prediction in found if not _bare(by_size[prediction.micro_batch_size], prediction)]
+    if not usual:
+        raise ValueError(
+            f"every division of the {layers} layers into at least {ranks} stages leaves one without trainable "
+            "parameters, which a run refuses; take fewer pipeline ranks"
+        )
+    found = usual
     fitting = [prediction for prediction in found if _excess(prediction, memory) == 0]
     if not fitting:
         least = min(found, key=lambda prediction: max(prediction.memory))
@@ -110,7 +118,6 @@ def plan(
 
     fitting.sort(key=rank)
     if search_effort_s > 0:
-        by_size = {profile.micro_batch_size: profile for profile in usable}
         best = fitting[0]
         found_one = _searched(by_size[best.micro_batch_size], best, memory, search_effort_s)
         fitting = sorted([*fitting, found_one], key=rank)
@@ -149,12 +156,13 @@ def _loads(profile: Profile) -> list[float]:
 
 def _score(profile: Profile, prediction: Prediction, memory: int | None) -> tuple[float, ...]:
     """Stages without trainable parameters, which a run refuses; bytes too many; seconds."""
+    return _bare(profile, prediction), _excess(prediction, memory), prediction.seconds, max(prediction.memory)
+
+
+def _bare(profile: Profile, prediction: Prediction) -> int:
+    """Stages without trainable parameters, unless no layer has any."""
     trained = [layer.state > 0 for layer in profile.layers]
-    bare = 0
-    if any(trained):
-        bounds = prediction.bounds
-        bare = sum(not any(trained[start:stop]) for start, stop in pairwise(bounds))
-    return bare, _excess(prediction, memory), prediction.seconds, max(prediction.memory)
+    return sum(not any(trained[start:stop]) for start, stop in pairwise(prediction.bounds)) if any(trained) else 0
 
 
 def _excess(prediction: Prediction, memory: int | None) -> int:
@@ -186,12 +194,9 @@ def _searched(profile: Profile, best: Prediction, memory: int | None, effort_s: 
     left = None
     if memory is not None:
         schedule = best.schedule
-        fixed = [
-            sum(stages.static[s] for s in schedule.stages_of(r))
-            + max(stages.workspace[s] for s in schedule.stages_of(r))
-            for r in range(schedule.num_ranks)
-        ]
-        left = float(memory - max(fixed))
+        held = [schedule.stages_of(rank) for rank in range(schedule.num_ranks)]
+        fixed = [sum(stages.static[s] for s in here) + max(stages.workspace[s] for s in here) for here in held]
+        left = [float(memory - there) for there in fixed]
     problem = Problem(
         best.schedule.placement,
         best.schedule.micro_batches,

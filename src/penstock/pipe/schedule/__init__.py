@@ -6,7 +6,7 @@ from penstock.pipe.schedule.communicate import Channel, channel_of, place_commun
 from penstock.pipe.schedule.costs import Costs
 from penstock.pipe.schedule.draw import draw
 from penstock.pipe.schedule.dualpipe_v import dualpipe_v
-from penstock.pipe.schedule.forward_only import forward_only
+from penstock.pipe.schedule.forward_only import forward_on, forward_only
 from penstock.pipe.schedule.gpipe import gpipe
 from penstock.pipe.schedule.head_start import head_start
 from penstock.pipe.schedule.interleaved_1f1b import interleaved_1f1b
@@ -53,6 +53,7 @@ __all__ = [
     "channel_of",
     "draw",
     "dualpipe_v",
+    "forward_on",
     "forward_only",
     "get_placement",
     "get_schedule",

@@ -120,8 +120,8 @@ class _Greedy:
         return (best[0], best[3]) if best is not None else None
 
     def _has_room(self, rank: int, stage: int) -> bool:
-        memory = self._problem.memory
-        return memory is None or self._kept[rank] + self._reserve[stage] <= memory * (1 + 1e-9)
+        limits = self._problem.limits
+        return limits is None or self._kept[rank] + self._reserve[stage] <= limits[rank] * (1 + 1e-9)
 
     def _take(self, rank: int, start: float, action: Action) -> None:
         problem = self._problem

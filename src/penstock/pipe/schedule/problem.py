@@ -1,5 +1,6 @@
 """What a schedule is searched for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,24 +19,27 @@ class Problem:
         placement: For each stage, the pipeline rank that holds it.
         micro_batches: Micro-batches per step.
         costs: Durations.
-        memory: What the activations of a rank may take at a time, in the unit of ``activations``; None is no limit.
+        memory: What the activations of a rank may take at a time, in the unit of ``activations``: one number for all
+            ranks or one for each; None is no limit.
         activations: What one micro-batch of a stage takes from its F to the end of its W (or B). With 1, ``memory``
             counts micro-batches, once for each stage of the rank; with bytes, bytes.
         split: Whether backward passes may be split in two, I and W.
         table: For each op, its duration in each stage.
         lags: For each pair of neighbouring stages, how long a value travels: 0 within a rank.
         weights: For each stage, its activations.
+        limits: For each rank, its memory; None is no limit.
     """
 
     placement: tuple[int, ...]
     micro_batches: int
     costs: Costs = field(default_factory=Costs)
-    memory: float | None = None
+    memory: float | Sequence[float] | None = None
     activations: PerStage = 1.0
     split: bool = True
     table: dict[str, list[float]] = field(init=False)
     lags: list[float] = field(init=False)
     weights: list[float] = field(init=False)
+    limits: tuple[float, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
         check_sizes(len(self.placement), self.micro_batches)
@@ -47,14 +51,22 @@ class Problem:
             "table": self.costs.table(len(self.placement)),
             "lags": [transfer if here != there else 0.0 for here, there, transfer in pairs],
             "weights": per_stage("activations", self.activations, len(self.placement)),
+            "limits": self._limits(),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        if self.memory is not None:
-            self._check_memory(self.memory)
+        self._check_memory()
 
-    def _check_memory(self, memory: float) -> None:
-        for rank in range(self.ranks):
+    def _limits(self) -> tuple[float, ...] | None:
+        if self.memory is None:
+            return None
+        limits = tuple(self.memory) if isinstance(self.memory, Sequence) else (self.memory,) * self.ranks
+        if len(limits) != self.ranks:
+            raise ScheduleError(f"memory is given for {len(limits)} ranks, the placement has {self.ranks}")
+        return limits
+
+    def _check_memory(self) -> None:
+        for rank, memory in enumerate(self.limits or ()):
             least = sum(weight for weight, holder in zip(self.weights, self.placement, strict=True) if holder == rank)
             if not least <= memory:
                 raise ScheduleError(
@@ -75,7 +87,10 @@ class Problem:
     def fits(self, schedule: Schedule) -> bool:
         """Whether a schedule's activations fit in the memory."""
         # Sums of the same numbers in another order may differ in the last bits.
-        return self.memory is None or max(peak_memory(schedule, self.weights)) <= self.memory * (1 + 1e-9)
+        limits = self.limits
+        return limits is None or all(
+            peak <= limit * (1 + 1e-9) for peak, limit in zip(peak_memory(schedule, self.weights), limits, strict=True)
+        )
 
     def bound(self) -> float:
         """No schedule can be shorter: each rank's work, and the way of a micro-batch to it and back from it."""

@@ -77,7 +77,7 @@ def solve(problem: Problem, seed: Schedule, *, effort_s: float) -> Solved | None
         model.add_no_overlap(intervals)
     for before, after, lag in _orders(problem, ticks):
         model.add(starts[after] >= starts[before] + ticks.table[before.op][before.stage] + lag)
-    if problem.memory is not None:
+    if problem.limits is not None:
         _limit_memory(model, problem, ticks, starts, horizon)
     makespan = model.new_int_var(0, horizon, "makespan")
     for action, begin in starts.items():
@@ -160,7 +160,7 @@ def _orders(problem: Problem, ticks: _Ticks) -> list[tuple[Action, Action, int]]
 
 def _limit_memory(model: Any, problem: Problem, ticks: _Ticks, starts: dict[Action, Any], horizon: int) -> None:
     """From the start of its F to the end of its last op, a micro-batch takes the stage's activations."""
-    assert problem.memory is not None
+    assert problem.limits is not None
     closing = problem.ops[-1]
     unit = _memory_unit(problem)
     kept: list[tuple[list[Any], list[int]]] = [([], []) for _ in range(problem.ranks)]
@@ -171,8 +171,8 @@ def _limit_memory(model: Any, problem: Problem, ticks: _Ticks, starts: dict[Acti
             length = model.new_int_var(0, horizon, "")
             kept[rank][0].append(model.new_interval_var(begin, length, end, ""))
             kept[rank][1].append(math.ceil(problem.weights[stage] / unit - _SLACK))
-    for intervals, demands in kept:
-        model.add_cumulative(intervals, demands, math.floor(problem.memory / unit + _SLACK))
+    for (intervals, demands), limit in zip(kept, problem.limits, strict=True):
+        model.add_cumulative(intervals, demands, math.floor(limit / unit + _SLACK))
 
 
 def _memory_unit(problem: Problem) -> float:
