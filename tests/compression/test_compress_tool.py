@@ -147,6 +147,8 @@ def test_options_are_numbers_where_they_can_be() -> None:
     assert parse_option("block_size=64") == ("block_size", 64)
     assert parse_option("x=0.5") == ("x", 0.5)
     assert parse_option("scale=l1") == ("scale", "l1")
+    assert parse_option("stochastic=true") == ("stochastic", True)
+    assert parse_option("stochastic=False") == ("stochastic", False)
 
 
 def test_nothing_is_lost_by_writing(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,6 +282,46 @@ def test_the_table_says_how_much_arrives_and_the_picture_is_drawn(tmp_path: Path
         app_function(model_file, picture=picture, console=console)
     with pytest.raises(ValueError, match="leave out --algorithm, --option and --plot"):
         app_function(model_file, decompress=True, output=tmp_path / "x", picture=picture, console=console)
+
+
+def test_what_could_not_be_drawn_is_refused_before_anything_is_measured(
+    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(ValueError, match=r"x\.foo: a picture is a \.png, \.svg or \.pdf"):
+        app_function(model_file, picture=tmp_path / "x.foo")
+    monkeypatch.setattr(tool, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="a picture needs matplotlib"):
+        app_function(model_file, picture=tmp_path / "x.svg")
+
+
+def test_directories_are_made_where_there_are_none(tmp_path: Path, model_file: Path) -> None:
+    output, picture = tmp_path / "new" / "small.safetensors", tmp_path / "drawn" / "x.svg"
+    assert app_function(model_file, algorithms=["int8"], output=output, picture=picture) == 0
+    assert read_compressed(output)[1] == {"format": "pt"}
+    assert "int8" in picture.read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", penstock.compression.known_algorithms())
+def test_short_floats_come_back_by_every_algorithm(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "packed.safetensors"
+    algorithm = create_compression_algorithm(name)
+    write_compressed(path, {"x": x.to(dtype)}, algorithm)
+    # What a receiver of the same numbers in float32 sees, as near as the dtype comes.
+    whole = torch.empty_like(x)
+    algorithm.decompress(algorithm.compress(x.to(dtype).float()), whole)
+    found = read_compressed(path)[0]["x"]
+    assert found.dtype == dtype
+    step = torch.finfo(dtype).eps * 2
+    torch.testing.assert_close(found.float(), whole, rtol=step, atol=step * float(x.abs().max()))
+
+
+def test_shapes_are_read_without_the_tensors(model_file: Path) -> None:
+    tensors = load_file(model_file)
+    expected = sorted(tuple(x.shape) for x in tensors.values() if x.is_floating_point())
+    assert sorted(TensorFile(model_file).floating_shapes()) == expected
 
 
 def test_contraction_is_what_is_left_of_the_energy() -> None:

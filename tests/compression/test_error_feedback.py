@@ -200,3 +200,15 @@ def test_packages_bring_algorithms_by_entry_points(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"entry point broken = package:broken .* no such module; mend or uninstall"):
         create_compression_algorithm("broken")
     registry._register_installed.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("none", torch.float32)]
+)
+def test_a_payload_is_apart_from_the_tensor_that_it_was_made_of(name: str, dtype: torch.dtype) -> None:
+    module = CompressionModule(create_compression_algorithm(name), error_feedback=False)
+    gradient = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = gradient.clone()
+    payload = module.compress(gradient)
+    gradient.zero_()
+    assert torch.equal(module.decompress(payload, torch.empty_like(before)), before)

@@ -85,7 +85,7 @@ def write_compressed(
         for index, name in enumerate(tensors):
             tensor = tensors[name]
             dtype = str(tensor.dtype).removeprefix("torch.")
-            payload = algorithm.compress(tensor) if dtype in _FLOATS and not algorithm.lossless else {}
+            payload = algorithm.compress(_computed_in(tensor)) if dtype in _FLOATS and not algorithm.lossless else {}
             compressed = bool(payload) and all(_is_finite(part) for part in payload.values())
             entries.append(_Entry(name=name, shape=list(tensor.shape), dtype=dtype, compressed=compressed))
             if compressed:
@@ -170,7 +170,12 @@ def _restore(
         out = torch.empty(entry.shape, dtype=_FLOATS[entry.dtype])
     except (RuntimeError, TypeError) as error:  # a shape of no elements may still hold numbers beyond all bounds
         raise CorruptFileError(f"{path}: tensor {entry.name!r} has the impossible shape {entry.shape}") from error
-    return algorithm.decompress(payload, out)
+    return algorithm.decompress(payload, _computed_in(out)).to(out.dtype)
+
+
+def _computed_in(tensor: Tensor) -> Tensor:
+    """The tensor in a dtype that torch computes in: floats of 8 bits are for storage."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
 
 
 def _is_finite(part: Tensor) -> bool:

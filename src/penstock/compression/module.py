@@ -112,7 +112,15 @@ class CompressionModule:
             memory.algorithm = algorithm
         if isinstance(algorithm, PowerSGD):
             return self._compress_from_last(algorithm, tensor, name, memory)
-        return algorithm.compress(tensor) if memory is None else memory.compress(tensor)
+        if memory is not None:
+            return memory.compress(tensor)
+        # What needs no rounding may lie where the caller's tensor does, who is free to change it before it is sent.
+        mine = tensor.untyped_storage().data_ptr()
+        payload = algorithm.compress(tensor)
+        return {
+            field: part.clone() if part.untyped_storage().data_ptr() == mine else part
+            for field, part in payload.items()
+        }
 
     def decompress(self, payload: Payload, out: Tensor, name: str = "") -> Tensor:
         """Fill the contiguous tensor ``out`` from a payload and return it; with EF21 the name says whose estimate."""

@@ -33,6 +33,7 @@ _TYPES: Final = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
+_FLOATING: Final = frozenset(name for dtype, name in _TYPES.items() if dtype.is_floating_point)
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -65,6 +66,11 @@ class TensorFile(Mapping[str, Tensor]):
             raise KeyError(name)
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
+
+    def floating_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the floating tensors, read from the header alone."""
+        slices = map(self._file.get_slice, self._names)
+        return [tuple(found.get_shape()) for found in slices if found.get_dtype() in _FLOATING]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -106,6 +112,7 @@ class TensorFileWriter:
             raise ValueError(f"a tensor named {name!r} was written already")
         size = tensor.element_size()
         if size not in self._bodies:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             file = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - closed by the stack
             self._bodies[size] = self._open.enter_context(file)
         body = self._bodies[size]

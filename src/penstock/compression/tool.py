@@ -4,11 +4,13 @@
 """
 
 import argparse
+import io
 import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -17,12 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from penstock._core.files import write_bytes
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.archive import compressed_by, decompress_file, write_compressed
 from penstock.compression.registry import create_compression_algorithm, known_algorithms
 from penstock.compression.tensor_file import TensorFile
 
 _FUSED_ELEMENTS: Final = 1 << 24
+_PICTURES: Final = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,9 @@ def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None
     Raises:
         ValueError: Matplotlib (the extra ``report``) is missing, or the file's ending is of no known format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError('a picture needs matplotlib: pip install "penstock[report]"') from error
+    _check_picture(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for m in measurements:
@@ -159,14 +162,16 @@ def draw(measurements: Sequence[Measurement], path: Path, *, title: str) -> None
         axes.annotate(m.algorithm, (m.ratio, m.relative_error), xytext=(4, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel="bytes in over bytes out", ylabel="relative error", title=title)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:].lower())
+    write_bytes(path, drawn.getvalue())
 
 
 def app_function(
     file: Path,
     *,
     algorithms: Sequence[str] = (),
-    options: Mapping[str, int | float | str] | None = None,
+    options: Mapping[str, bool | int | float | str] | None = None,
     output: Path | None = None,
     picture: Path | None = None,
     decompress: bool = False,
@@ -210,6 +215,7 @@ def app_function(
     if output is not None:
         _check_output(file, output, overwrite=overwrite)
     if picture is not None:
+        _check_picture(picture)
         _check_output(file, picture, overwrite=overwrite)
     chosen = [create_compression_algorithm(name, options) for name in algorithms or known_algorithms()]
     tensors = TensorFile(file)
@@ -220,8 +226,7 @@ def app_function(
             f"turn it back first: penstock compress {file} --decompress --output FILE"
         )
     bytes_before = file.stat().st_size
-    floating = sum(tensor.is_floating_point() for tensor in tensors.values())
-    title = f"{file.name}: {floating} floating tensors of {len(tensors)}"
+    title = f"{file.name}: {len(tensors.floating_shapes())} floating tensors of {len(tensors)}"
     measured = [measure(tensors.values(), algorithm, fused=fused) for algorithm in chosen]
     console.print(render(measured, title=title))
     if picture is not None:
@@ -231,6 +236,14 @@ def app_function(
         written = write_compressed(output, tensors, chosen[0], metadata=tensors.metadata)
         console.print(f"{output}: {written:,} bytes, from {bytes_before:,}")
     return 0
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse, before anything is measured, a picture that could not be drawn."""
+    if path.suffix.lower() not in _PICTURES:
+        raise ValueError(f"{path}: a picture is a .png, .svg or .pdf; give --plot a name that ends so")
+    if find_spec("matplotlib") is None:
+        raise ValueError('a picture needs matplotlib: pip install "penstock[report]"')
 
 
 def _check_output(file: Path, output: Path, *, overwrite: bool) -> None:
@@ -245,11 +258,13 @@ def _check_output(file: Path, output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{output}: there is such a file already; give --overwrite to replace it, or another --output")
 
 
-def parse_option(text: str) -> tuple[str, int | float | str]:
-    """``"block_size=2048"`` to ``("block_size", 2048)``: an integer, a float, or else the text itself."""
+def parse_option(text: str) -> tuple[str, bool | int | float | str]:
+    """``"block_size=2048"`` to ``("block_size", 2048)``: true or false, an integer, a float, or else the text."""
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise ValueError(f"an option is NAME=VALUE, for example block_size=2048; got {text!r}")
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
     for kind in (int, float):
         try:
             return name, kind(value)

@@ -96,8 +96,7 @@ def _shapes(parameters: int | None, checkpoint: Path | None) -> Shapes:
     if (parameters is None) == (checkpoint is None):
         raise ValueError("say how large the model is: either --parameters NUMBER or --checkpoint FILE.safetensors")
     if checkpoint is not None:
-        tensors = TensorFile(checkpoint).values()
-        shapes = [tuple(tensor.shape) for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+        shapes = [shape for shape in TensorFile(checkpoint).floating_shapes() if 0 not in shape]
         if not shapes:
             raise ValueError(f"{checkpoint}: no floating tensors in it")
         return shapes
