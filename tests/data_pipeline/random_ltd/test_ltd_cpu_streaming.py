@@ -13,7 +13,7 @@ from penstock.data_pipeline.random_ltd.kernels import cpu
 
 pytest.importorskip("numba")
 
-from penstock.data_pipeline.random_ltd.kernels import cpu_streaming  # noqa: E402 - it imports Numba
+from penstock.data_pipeline.random_ltd.kernels import cpu_streaming
 
 
 @pytest.fixture
