@@ -32,7 +32,9 @@ def tokenize(
         Path | None,
         typer.Option("--tokenizer", "-t", show_default=False, help="A tokenizer.json; without it one is trained."),
     ] = None,
-    vocab_size: Annotated[int, typer.Option("--vocab-size", help="Of the tokenizer that is trained.")] = 32_768,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", show_default=False, help="Of the tokenizer that is trained; 32,768.")
+    ] = None,
     field: Annotated[str, typer.Option("--field", help="Where the text is in JSON objects and Parquet.")] = "text",
     split: Annotated[
         SplitChoice, typer.Option("--split", help="What is one document of a plain text file.")

@@ -23,10 +23,10 @@ def test_json_lines_of_objects_and_of_strings(tmp_path: Path) -> None:
 
 def test_plain_text_whole_by_paragraph_and_by_line(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
-    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n \n\n\nthree\n")
-    assert list(read_texts(file)) == ["one\ntwo\n \n\n\nthree\n"]
-    assert list(read_texts(file, split="paragraph")) == ["one\ntwo\n", "three\n"]
-    assert list(read_texts(file, split="line")) == ["one", "two", "three"]
+    file.write_bytes(b"\xef\xbb\xbfone\r\nt\rwo\n \r\n\n\nthree\n")
+    assert list(read_texts(file)) == ["one\r\nt\rwo\n \r\n\n\nthree\n"]  # every byte but the mark
+    assert list(read_texts(file, split="paragraph")) == ["one\r\nt\rwo\n", "three\n"]
+    assert list(read_texts(file, split="line")) == ["one", "t\rwo", "three"]
 
 
 def test_compressed_and_columnar(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import gzip
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from penstock.data_pipeline.datasets import IndexedDataset, text_batches
+from penstock.data_pipeline.datasets.growing_file import Journal
 from penstock.data_pipeline.datasets.tokenize import save_tokenizer, train_bpe
 from penstock.data_pipeline.datasets.tokenize_files import TokenizeProgress, tokenize_files
 from penstock.data_pipeline.datasets.unfinished_tokens import unfinished_folder
@@ -31,7 +33,23 @@ DOCUMENTS = [f"document {i}: the quick brown fox jumps over dog {i * i} and back
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_batches, "_BATCH_CHARACTERS", 300)
-    monkeypatch.setattr("penstock.data_pipeline.datasets.tokenize_files._SHARD_TOKENS", 300)
+    monkeypatch.setattr("penstock.data_pipeline.datasets.tokenize_files._SEAL_TOKENS", 300)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The workers that are started."""
+    found: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        found.append(_popen(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr("penstock.data_pipeline.datasets.encoding_pool.subprocess.Popen", start)
+    return found
+
+
+_popen = subprocess.Popen
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +161,19 @@ _unbroken: list[Path] = []
 
 
 @linux
-def test_workers_leave_with_a_killed_parent(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_workers_leave_with_a_killed_parent(
+    tmp_path: Path, corpus: Path, tokenizer: Tokenizer, started: list[subprocess.Popen[bytes]]
+) -> None:
     reading, writing = os.pipe()
 
     def work() -> None:
         os.close(reading)
+        os.dup2(writing, 2)  # which the workers inherit
         tokenize_files([corpus], tmp_path / "c", tokenizer, workers=2, progress=die)
 
     def die(now: TokenizeProgress) -> None:
         if now.documents:
-            os.write(writing, b"x" * len(multiprocessing.active_children()))
+            os.write(writing, b"x" * len(started))
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_a_child(work) == signal.SIGKILL
@@ -161,15 +182,17 @@ def test_workers_leave_with_a_killed_parent(tmp_path: Path, corpus: Path, tokeni
         assert pipe.read() == b"xx"  # it ends when nobody holds the other end any more
 
 
-def test_a_killed_worker_is_told(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+def test_a_killed_worker_is_told(
+    tmp_path: Path, corpus: Path, tokenizer: Tokenizer, started: list[subprocess.Popen[bytes]]
+) -> None:
     def kill_one(now: TokenizeProgress) -> None:
         if now.documents > 30:
-            for child in multiprocessing.active_children():
-                child.kill()
+            started[0].kill()
 
     with pytest.raises(RuntimeError, match=r"worker process was killed.*, document \d+ to .*, document \d+;") as caught:
         tokenize_files([corpus], tmp_path / "c", tokenizer, workers=1, progress=kill_one)
     assert "are finished and kept" in caught.value.__notes__[0]
+    assert all(worker.returncode is not None for worker in started)
     tokenize_files([corpus], tmp_path / "c", tokenizer, workers=2)
     assert [row.tolist() for row in IndexedDataset(tmp_path / "c")] == plainly(tokenizer)
 
@@ -184,7 +207,7 @@ def test_a_document_that_cannot_be_encoded_is_named(tmp_path: Path) -> None:
 
 
 def cut_off(corpus: Path, prefix: Path, tokenizer: Tokenizer, **options: object) -> None:
-    """Leave some finished shards behind."""
+    """Leave some sealed stretches behind."""
 
     def stop(now: TokenizeProgress) -> None:
         if now.documents > 40:
@@ -197,13 +220,50 @@ def cut_off(corpus: Path, prefix: Path, tokenizer: Tokenizer, **options: object)
 def test_a_resumed_run_goes_on_and_redoes_what_is_damaged(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
     seen: list[TokenizeProgress] = []
     cut_off(corpus, tmp_path / "c", tokenizer)
-    shards = sorted(unfinished_folder(tmp_path / "c").glob("shard_*"))
-    assert len(shards) > 2
-    kept = [len(IndexedDataset(shard / "tokens")) for shard in shards]
-    (shards[1] / "tokens.bin").write_bytes(b"\0" + (shards[1] / "tokens.bin").read_bytes()[1:])
+    folder = unfinished_folder(tmp_path / "c")
+    sealed = [entry for entry, _ in Journal(folder / "journal").entries()]
+    assert len(sealed) > 2
+    tokens = bytearray((folder / "tokens.bin").read_bytes())
+    tokens[sealed[0]["tokens"]["size"]] ^= 1
+    (folder / "tokens.bin").write_bytes(tokens)
     tokenize_files([corpus], tmp_path / "c", tokenizer, workers=1, progress=seen.append)
-    assert seen[0].documents == kept[0]
+    assert seen[0].documents == sealed[0]["tally"]["documents"]
     assert [row.tolist() for row in IndexedDataset(tmp_path / "c")] == plainly(tokenizer)
+
+
+def test_an_orderly_end_keeps_what_was_encoded_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("\n".join(DOCUMENTS))
+    monkeypatch.setattr("penstock.data_pipeline.datasets.tokenize_files._SEAL_TOKENS", 1 << 25)
+
+    def stop(now: TokenizeProgress) -> None:
+        if now.what == "encoding" and now.documents >= limits[0]:
+            raise KeyboardInterrupt
+
+    limits = [0, 10]
+    seen: list[TokenizeProgress] = []
+    for note in ("the trained tokenizer is kept", "documents are finished and kept"):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            tokenize_files([file], tmp_path / "c", vocab_size=280, split="line", workers=1, progress=stop)
+        assert note in caught.value.__notes__[0]
+        del limits[0]
+    tokenize_files([file], tmp_path / "c", vocab_size=280, split="line", workers=1, progress=seen.append)
+    assert {now.what for now in seen} == {"encoding", "writing"}
+    assert 10 <= seen[0].documents < len(DOCUMENTS)
+    assert [row.tolist() for row in IndexedDataset(tmp_path / "c")] == plainly(
+        Tokenizer.from_file(str(tmp_path / "c.tokenizer.json"))
+    )
+
+
+def test_two_at_once_are_kept_apart(tmp_path: Path, corpus: Path, tokenizer: Tokenizer) -> None:
+    def again(now: TokenizeProgress) -> None:
+        if now.documents:
+            with pytest.raises(TimeoutError, match=rf"process {os.getpid()} on .* is writing .*c.bin"):
+                tokenize_files([corpus], tmp_path / "c", tokenizer, workers=1, overwrite=True)
+
+    tokenize_files([corpus / "d"], tmp_path / "c", tokenizer, workers=1, progress=again)
+    assert [row.tolist() for row in IndexedDataset(tmp_path / "c")] == plainly(tokenizer)[40:50]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.bin", "c.idx"]
 
 
 def test_other_settings_are_refused_and_both_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -259,6 +319,7 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path, corpus:
         ([corpus], {"split": "word"}, "unknown split 'word'"),
         ([corpus], {"end_of_text": "</s>"}, "has no token '</s>'"),
         ([corpus], {"tokenizer": None, "vocab_size": 20}, "vocab_size=20 is too small"),
+        ([corpus], {"vocab_size": 300}, "vocab_size=300 is for a tokenizer that is trained"),
         ([corpus], {"tokenizer": None, "end_of_text": "</s>"}, "that is trained ends documents with"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -11,13 +11,10 @@ The key is a digest of the metrics' data and schedules. A start finds the file b
 nothing is read before a sample is asked for. :meth:`EntryPoints.verify` compares the bytes with the checksum.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock._core.files import CorruptFileError, read_manifest, sync_directory, write_manifest
+from penstock._core.lock import locked
 from penstock.data_pipeline.data_sampling.births import DifficultyMetric, birth_steps, schedule_identity
 from penstock.data_pipeline.data_sampling.order import digest_of
 from penstock.data_pipeline.data_sampling.thresholds import Thresholds, chunks
@@ -36,7 +34,6 @@ Progress = Callable[[str, int, int], None]
 _FILE: Final = "order.bin"
 _KIND: Final = "penstock entry points"
 _LAYOUT: Final = 1
-_POLL_S: Final = 0.2
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,7 @@ def entry_points(
     key = digest_of(_KIND, _LAYOUT, metrics_identity(metrics) if identity is None else identity)
     folder = Path(cache) / key
     if not _stored(folder):
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        with _alone(Path(cache) / f"{key}.lock", deadline_s):
+        with locked(Path(cache) / f"{key}.lock", "is sorting these samples", wait_s=deadline_s):
             if not _stored(folder):
                 check()
                 aside = Path(cache) / f"{key}.tmp"
@@ -221,25 +217,6 @@ def _open(folder: Path) -> EntryPoints:
         raise CorruptFileError(f"{path}: {found} bytes, but its blocks take {expected}; remove {folder}")
     order = np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # indexing a plain view is quicker
     return EntryPoints(order, sizes, steps, int(never), folder)
-
-
-@contextmanager
-def _alone(path: Path, deadline_s: float) -> Iterator[None]:
-    """Hold a lock that the system lets go of when its holder ends, however it ends."""
-    with path.open("w") as file:
-        until = time.monotonic() + deadline_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise TimeoutError(
-                        f"{path}: another process has been sorting these samples for more than {deadline_s:.0f} s; "
-                        "if it hangs, end it"
-                    ) from None
-                time.sleep(_POLL_S)
-        yield
 
 
 def _sha256(order: npt.NDArray[Any]) -> str:

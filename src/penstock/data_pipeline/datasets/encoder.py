@@ -1,15 +1,16 @@
 """From batches of text to flat tokens, in the integers that they are stored in."""
 
+import json
 import os
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-_PARALLELISM: Final = "TOKENIZERS_PARALLELISM"
+from penstock.data_pipeline.datasets.encoding_worker import PARALLELISM, encode_flat, plain_tokenizer
+
 # As Megatron draws the line, a little below 2**16 to leave room for added tokens.
 _UINT16_LIMIT: Final = 65_500
 
@@ -37,11 +38,8 @@ class EncodedTexts:
 class Encoder:
     """Encodes whole documents as ordinary text, whatever else the tokenizer was set up for.
 
-    Truncation and padding that a ``tokenizer.json`` may ask for are left out: they would cut documents short, or
-    lengthen them. A special token spelled out in a document is encoded as text, so that no document can forge an end.
-
     Args:
-        tokenizer: What encodes; it is copied, not changed.
+        tokenizer: What encodes; it is copied, not changed: see :func:`plain_tokenizer`.
         end_of_text: The token that ends every document; None appends nothing.
 
     Attributes:
@@ -60,10 +58,7 @@ class Encoder:
             )
         self._end_of_text = end_of_text
         self._ending = [] if end is None else [end]
-        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = plain_tokenizer(tokenizer.to_str())
         # The largest number, not how many there are: added tokens may leave holes.
         self.dtype = np.dtype(smallest_token_dtype(1 + max(tokenizer.get_vocab().values(), default=0)))
 
@@ -74,11 +69,18 @@ class Encoder:
         """Encode documents, on all cores unless ``TOKENIZERS_PARALLELISM`` says no."""
         watch_forks()
         texts = [encodable(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [encoding.ids + self._ending for encoding in encodings]
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        tokens = np.fromiter(chain.from_iterable(rows), self.dtype, int(lengths.sum()))
-        return EncodedTexts(tokens, lengths, sum(map(_utf8_bytes, texts)))
+        lengths, tokens = encode_flat(self._tokenizer, texts, self._ending, self.dtype.char)
+        return self.encoded(lengths, tokens, sum(map(_utf8_bytes, texts)))
+
+    def for_worker(self) -> bytes:
+        """What :mod:`encoding_worker` is told first, so that it encodes as this encoder does."""
+        options = {"tokenizer": self._tokenizer.to_str(), "ending": self._ending, "code": self.dtype.char}
+        return json.dumps(options).encode()
+
+    def encoded(self, lengths: list[int], tokens: bytes | bytearray, text_bytes: int) -> EncodedTexts:
+        """What :func:`encode_flat` gave, as arrays."""
+        flat = np.frombuffer(tokens, self.dtype.newbyteorder("<"))
+        return EncodedTexts(flat, np.array(lengths, dtype=np.int64), text_bytes)
 
 
 def encodable(text: str) -> str:
@@ -94,11 +96,6 @@ def encodable(text: str) -> str:
 
 def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def encode_alone() -> None:
-    """Let the library use no threads in this process: for one of several workers."""
-    os.environ[_PARALLELISM] = "false"
 
 
 def watch_forks() -> None:
@@ -119,11 +116,11 @@ _set_for_fork = False
 
 def _before_fork() -> None:
     global _set_for_fork
-    _set_for_fork = _PARALLELISM not in os.environ
+    _set_for_fork = PARALLELISM not in os.environ
     if _set_for_fork:
-        os.environ[_PARALLELISM] = "false"
+        os.environ[PARALLELISM] = "false"
 
 
 def _after_fork() -> None:
     if _set_for_fork:
-        os.environ.pop(_PARALLELISM, None)
+        os.environ.pop(PARALLELISM, None)

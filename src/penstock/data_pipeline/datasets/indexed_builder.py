@@ -4,6 +4,7 @@ import os
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
@@ -21,8 +22,10 @@ from penstock.data_pipeline.datasets.indexed import (
 )
 from penstock.data_pipeline.datasets.indexed_dtypes import DtypeCodes, dtype_code
 
-_MAX_LENGTH: Final = (1 << 31) - 1
+MAX_LENGTH: Final = (1 << 31) - 1
+"""Tokens that a sequence holds at most."""
 _COPY_BYTES: Final = 1 << 24
+_INDEX_CHUNK: Final = 1 << 20
 
 
 class _AbandonError(Exception):
@@ -185,18 +188,14 @@ class IndexedDatasetBuilder:
         self._idx_path.unlink(missing_ok=True)
         self._file = None
         self._files.close()
-        with atomic_file(self._idx_path) as file:
-            lengths = np.frombuffer(self._lengths, dtype=np.int32)
-            boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
-            file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(boundaries)))
-            file.write(lengths.astype("<i4").tobytes())
-            pointers = np.zeros(len(lengths), dtype="<i8")
-            np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-            pointers *= self.dtype.itemsize
-            file.write(pointers.tobytes())
-            file.write(boundaries.astype("<i8").tobytes())
-            if self._multimodal:
-                file.write(self._modes.tobytes())
+        write_index(
+            self._idx_path,
+            self.dtype,
+            self._code,
+            np.frombuffer(self._lengths, dtype=np.int32),
+            np.frombuffer(self._boundaries, dtype=np.int64),
+            np.frombuffer(self._modes, dtype=np.int8) if self._multimodal else None,
+        )
 
     def abort(self) -> None:
         """Give up: what was written is removed, and a dataset of that name from before stays as it was."""
@@ -240,8 +239,8 @@ class IndexedDatasetBuilder:
     def _write(self, tokens: npt.NDArray[Any], *, lengths: Sequence[int] | None, modes: Sequence[int] | None) -> None:
         file = self._open_file()
         counts = [len(tokens)] if lengths is None else [int(length) for length in lengths]
-        if counts and not (min(counts) >= 0 and max(counts) <= _MAX_LENGTH):
-            raise ValueError(f"a sequence has 0 to {_MAX_LENGTH} tokens, got {min(counts)} to {max(counts)}")
+        if counts and not (min(counts) >= 0 and max(counts) <= MAX_LENGTH):
+            raise ValueError(f"a sequence has 0 to {MAX_LENGTH} tokens, got {min(counts)} to {max(counts)}")
         if sum(counts) != len(tokens):
             raise ValueError(f"the lengths add up to {sum(counts)}, but there are {len(tokens)} tokens")
         if self._multimodal:
@@ -253,3 +252,41 @@ class IndexedDatasetBuilder:
             raise ValueError("modes were given; build the dataset with multimodal=True to store them")
         file.write(np.ascontiguousarray(tokens).tobytes())
         self._lengths.extend(counts)
+
+
+def write_index(
+    path: Path,
+    dtype: np.dtype[Any],
+    code: int,
+    lengths: npt.NDArray[np.int32],
+    boundaries: npt.NDArray[np.int64] | None,
+    modes: npt.NDArray[np.int8] | None = None,
+) -> None:
+    """Write the ``.idx`` file of sequences that lie one after another, in bounded memory beside the arguments.
+
+    Args:
+        path: The file, which appears whole or not at all.
+        dtype: Of the tokens.
+        code: What stands for the dtype.
+        lengths: Tokens of each sequence.
+        boundaries: Sequence numbers at which documents begin, and the end of the last; None: each is a document.
+        modes: Of each sequence; None where the dataset has none.
+    """
+    count = len(lengths)
+    marks = count + 1 if boundaries is None else len(boundaries)
+    with atomic_file(path) as file:
+        file.write(HEADER.pack(MAGIC, VERSION, code, count, marks))
+        for start in range(0, count, _INDEX_CHUNK):
+            file.write(lengths[start : start + _INDEX_CHUNK].astype("<i4").tobytes())
+        end = 0
+        for start in range(0, count, _INDEX_CHUNK):
+            sizes = lengths[start : start + _INDEX_CHUNK].astype(np.int64) * dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            file.write((ends - sizes).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for start in range(0, marks, _INDEX_CHUNK):
+            stop = min(start + _INDEX_CHUNK, marks)
+            part = np.arange(start, stop) if boundaries is None else boundaries[start:stop]
+            file.write(part.astype("<i8").tobytes())
+        if modes is not None:
+            file.write(modes.tobytes())

@@ -24,6 +24,10 @@ PLAIN: Final = (".txt", ".text", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs"
 PARQUET: Final = (".parquet",)
 COMPRESSED: Final = (".gz", ".zst")
 
+# What is taken of a table at once: rows, but fewer where they are long.
+_TABLE_ROWS: Final = 4096
+_TABLE_BYTES: Final = 1 << 24
+
 _KNOWN: Final = (*JSON_LINES, *PLAIN, *PARQUET)
 _SUFFIXES: Final = f"known suffixes: {', '.join(_KNOWN)} (all but Parquet also with {' or '.join(COMPRESSED)})"
 _CHOOSE: Final = "choose it with field (--field on the command line)"
@@ -147,8 +151,11 @@ class TextFile:
 
     def _parquet(self) -> Iterator[str]:
         with self._open_parquet() as table:
-            seen, rows = 0, max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(columns=[self._field]):
+            facts = table.metadata
+            seen, rows = 0, max(1, facts.num_rows)
+            stored = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+            at_once = max(1, min(_TABLE_ROWS, rows * _TABLE_BYTES // max(1, stored)))
+            for batch in table.iter_batches(at_once, columns=[self._field], use_threads=False):
                 for value in batch.column(0):
                     text = value.as_py()
                     if text is not None:
@@ -209,7 +216,8 @@ def _decoding(file: Path, raw: IO[bytes], place: Callable[[], str] = str) -> Ite
 
         binary = pa.CompressedInputStream(binary, "zstd")
     try:
-        with io.TextIOWrapper(binary, encoding="utf-8-sig") as lines:
+        # Every byte counts: without newline, carriage returns would be changed.
+        with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="\n") as lines:
             yield lines
     except UnicodeDecodeError as error:
         raise CorruptFileError(f"{file}{place()}: not UTF-8 text ({error})") from None
@@ -228,7 +236,7 @@ def _plain(file: Path, raw: IO[bytes], split: Split) -> Iterator[str]:
             yield lines.read()
         elif split == "line":
             for line in lines:
-                yield line.rstrip("\n")
+                yield line.removesuffix("\n").removesuffix("\r")
         else:
             yield from _paragraphs(lines)
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from penstock._core.lock import locked
 from penstock.data_pipeline.datasets.encoder import Encoder
 from penstock.data_pipeline.datasets.encoding_pool import encode_in_order
 from penstock.data_pipeline.datasets.indexed import bin_path, idx_path
@@ -26,8 +27,9 @@ from penstock.data_pipeline.datasets.tokenize import (
 from penstock.data_pipeline.datasets.unfinished_tokens import UnfinishedTokens, settings_there, unfinished_folder
 
 # What a kill costs at most: so many tokens, or so many seconds.
-_SHARD_TOKENS: Final = 1 << 25
-_SHARD_S: Final = 30.0
+_SEAL_TOKENS: Final = 1 << 25
+_SEAL_S: Final = 30.0
+_VOCAB_SIZE: Final = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def tokenize_files(
     prefix: str | os.PathLike[str],
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     *,
-    vocab_size: int = 32_768,
+    vocab_size: int | None = None,
     field: str = "text",
     split: Split = "file",
     end_of_text: str | None = END_OF_TEXT,
@@ -73,7 +75,7 @@ def tokenize_files(
         prefix: Where to write.
         tokenizer: A tokenizer or its ``tokenizer.json``. None trains a byte-level BPE on the same text, and writes
             it as ``prefix.tokenizer.json``.
-        vocab_size: Size of the vocabulary that is trained.
+        vocab_size: Size of the vocabulary that is trained; 32,768 unless given.
         field: Where the text is in a JSON object or a Parquet table.
         split: What is one document of a plain text file: the whole ``file``, a ``paragraph`` or a ``line``.
         end_of_text: The token that ends every document; None appends nothing.
@@ -83,8 +85,10 @@ def tokenize_files(
 
     Raises:
         ValueError: A file is missing, unknown or broken, there is no text, the field or the end's token is not there, a
-            document cannot be encoded, or something lies at ``prefix`` already.
+            document cannot be encoded, something lies at ``prefix`` already, or both a tokenizer and the size of one
+            are given.
         RuntimeError: A worker process was killed.
+        TimeoutError: Another process is writing there.
     """
     start = time.perf_counter()
     check_split(split)
@@ -97,6 +101,12 @@ def tokenize_files(
         raise ValueError(f"{', '.join(map(str, sources))}: there is nothing in the {len(files)} files")
     for file in files:
         TextFile(file, field, split).check()
+    if tokenizer is not None and vocab_size is not None:
+        raise ValueError(
+            f"vocab_size={vocab_size} is for a tokenizer that is trained, but one is given; leave out either "
+            "(--vocab-size or --tokenizer)"
+        )
+    vocab_size = _VOCAB_SIZE if vocab_size is None else vocab_size
     given = tokenizer if tokenizer is None or isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     encoder = None if given is None else Encoder(given, end_of_text)
     if given is None:
@@ -110,7 +120,6 @@ def tokenize_files(
         "end_of_text": end_of_text,
         "tokenizer": f"trained, {vocab_size} tokens" if given is None else _digest(given),
     }
-    _check_target(prefix, settings, trained=given is None, overwrite=overwrite)
 
     def tell(what: str, documents: int, tokens: int, read_bytes: int) -> None:
         if progress is not None:
@@ -123,29 +132,31 @@ def tokenize_files(
             documents += len(batch.texts)
             tell("training", documents, 0, batch.read_bytes)
 
-    with UnfinishedTokens(prefix, settings) as unfinished:
-        if encoder is None:
-            if not unfinished.tokenizer.is_file():
-                tell("training", 0, 0, 0)
-                save_tokenizer(train_bpe(texts(), vocab_size=vocab_size), unfinished.tokenizer)
-            encoder = Encoder(load_tokenizer(unfinished.tokenizer), end_of_text)
-        tally = unfinished.tally
-        tell("encoding", tally.documents, tally.tokens, tally.read_bytes)
-        batches = read_batches(files, field, split, tally.place)
-        sealed_at = time.monotonic()
-        for batch, encoded in encode_in_order(batches, files, encoder, workers=workers):
-            unfinished.add(batch, encoded)
+    with locked(bin_path(prefix).with_suffix(".lock"), f"is writing {bin_path(prefix)}"):
+        _check_target(prefix, settings, trained=given is None, overwrite=overwrite)
+        with UnfinishedTokens(prefix, settings) as unfinished:
+            if encoder is None:
+                if not unfinished.tokenizer.is_file():
+                    tell("training", 0, 0, 0)
+                    save_tokenizer(train_bpe(texts(), vocab_size=vocab_size), unfinished.tokenizer)
+                encoder = Encoder(load_tokenizer(unfinished.tokenizer), end_of_text)
             tally = unfinished.tally
-            if unfinished.shard_tokens >= _SHARD_TOKENS or time.monotonic() - sealed_at > _SHARD_S:
-                unfinished.seal()
-                sealed_at = time.monotonic()
             tell("encoding", tally.documents, tally.tokens, tally.read_bytes)
-        if not tally.documents:
-            raise ValueError(f"nothing to write to {os.fspath(prefix)}: no document holds any text")
-        tell("writing", tally.documents, tally.tokens, total_bytes)
-        if given is None:
-            save_tokenizer(load_tokenizer(unfinished.tokenizer), trained_tokenizer(prefix))
-        unfinished.finish()
+            batches = read_batches(files, field, split, tally.place)
+            sealed_at = time.monotonic()
+            for batch, encoded in encode_in_order(batches, files, encoder, workers=workers):
+                unfinished.add(batch, encoded)
+                tally = unfinished.tally
+                if unfinished.unsealed_tokens >= _SEAL_TOKENS or time.monotonic() - sealed_at > _SEAL_S:
+                    unfinished.seal()
+                    sealed_at = time.monotonic()
+                tell("encoding", tally.documents, tally.tokens, tally.read_bytes)
+            if not tally.documents:
+                raise ValueError(f"nothing to write to {os.fspath(prefix)}: no document holds any text")
+            tell("writing", tally.documents, tally.tokens, total_bytes)
+            if given is None:
+                save_tokenizer(load_tokenizer(unfinished.tokenizer), trained_tokenizer(prefix))
+            unfinished.finish(encoder.dtype)
     return TokenizedCorpus(
         os.fspath(prefix), tally.documents, tally.tokens, tally.text_bytes, tally.skipped, time.perf_counter() - start
     )
