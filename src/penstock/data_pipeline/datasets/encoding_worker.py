@@ -17,7 +17,6 @@ import os
 import queue
 import signal
 import struct
-import sys
 import threading
 from typing import Any, Final
 
@@ -146,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
