@@ -91,7 +91,7 @@ def _train(settings: dict[str, Any], kind: str | None) -> dict[str, Any]:
         engine.validate()
         for name, parameter in engine.stage.canonical_parameters():
             for key, tensor in {"weight": parameter, **engine.optimizer.state[parameter]}.items():
-                whole = full_tensor(tensor.detach(), group=parts.groups.replicas, meter=Meter())
+                whole = full_tensor(tensor.detach(), groups=parts.groups, meter=Meter())
                 found[f"{key} {name}"] = whole.clone()
     return found
 

@@ -34,9 +34,8 @@ def sharded(rank: int, world_size: int, made: dict[str, Any]) -> Any:
             assert engine.last is not None
             norms.append(engine.last.gradient_norm)
         evaluated = engine.eval_batch(iter([pair() for _ in range(engine.parts.cut.micro_batches)]))
-        group = engine.parts.groups.replicas
         weights = {
-            name: full_tensor(p.detach(), group=group, meter=Meter()).clone()
+            name: full_tensor(p.detach(), groups=engine.parts.groups, meter=Meter()).clone()
             for name, p in engine.stage.canonical_parameters()
         }
         moments = [value for state in engine.optimizer.state.values() for value in state.values()]

@@ -20,6 +20,7 @@ from support.pool import WorkerPool
 from support.run_jobs import config, model, resume_job, tokens
 
 STEPS = 4
+SHARDED: dict[str, Any] = {"data_parallel": {"replicas": 2, "sharding": "fsdp2"}}
 
 
 def settings(stages: int, replicas: int, size: int, **changes: Any) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def settings(stages: int, replicas: int, size: int, **changes: Any) -> dict[str,
 
 
 def divided(rank: int, world_size: int, made: dict[str, Any]) -> Any:
-    """Losses, norms and whole weights of a run, how many numbers lie here, and the ledger."""
+    """Losses, norms and whole weights of a run, how many numbers lie here and would at best, and the ledger."""
     torch.set_num_threads(1)
     with penstock.initialize(model(layers=3), made, training_data=tokens()) as engine:
         losses, norms = [], []
@@ -40,11 +41,16 @@ def divided(rank: int, world_size: int, made: dict[str, Any]) -> Any:
             assert engine.last is not None
             norms.append(engine.last.gradient_norm)
         weights = {
-            name: full_tensor(p.detach(), group=engine.parts.groups.model, meter=Meter()).clone()
+            name: full_tensor(p.detach(), groups=engine.parts.groups, meter=Meter()).clone()
             for name, p in engine.stage.canonical_parameters()
         }
         held = sum(part(p).numel() for p in engine.stage.parameters())
-        whole = sum(p.numel() for p in engine.stage.parameters())
+        divisions = engine.parts.groups.num_model_ranks
+        ways = {id(p): divisions for p in engine.stage.parameters()}  # of which a tied weight has no more
+        if engine.config.data_parallel.sharded:
+            tied = {id(p) for named in engine.stage.tied.values() for _, p in named}
+            ways = {key: divisions * (1 if key in tied else engine.parts.groups.num_replicas) for key in ways}
+        whole = sum(p.numel() / ways[id(p)] for p in engine.stage.parameters())
         summary = engine.summary()
         consumed = (engine.progress.samples, engine.progress.tokens)
     return losses, norms, weights, (held, whole), summary, consumed
@@ -59,6 +65,7 @@ def part(tensor: Any) -> torch.Tensor:
     ("stages", "replicas", "size", "changes"),
     [
         (2, 2, 2, {}),
+        (2, 2, 2, {**SHARDED, "pipe": {"stages": 2, "schedule": "zb_h1"}}),
         (1, 1, 2, {"pipe": {"activation_checkpoint_interval": 1}}),
         (2, 1, 2, {"pipe": {"stages": 2, "schedule": "zb_h1"}}),
     ],
@@ -68,14 +75,14 @@ def test_a_divided_run_equals_one_process(
 ) -> None:
     answers = pool.run(divided, stages * replicas * size, settings(stages, replicas, size, **changes), deadline_s=110)
     alone = divided(0, 1, settings(1, 1, 1))
-    for losses, norms, weights, (held, whole), summary, consumed in answers:
+    for losses, norms, weights, (held, expected), summary, consumed in answers:
         assert losses == answers[0][0]
         assert losses == pytest.approx(alone[0], rel=1e-11)
         assert norms == pytest.approx(alone[1], rel=1e-10)
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, alone[2][name], rtol=1e-9, atol=1e-12)
         # All but the norms is divided; the vocabulary of 61 not evenly.
-        assert held <= whole / size * 1.1
+        assert held <= expected * 1.1
         assert consumed == alone[5]
         for key in ("samples", "raw_tokens", "layer_tokens"):
             assert summary[key]["spent"] == alone[4][key]["spent"]
@@ -98,7 +105,7 @@ def divided_bert(rank: int, world_size: int, made: dict[str, Any]) -> Any:
     with penstock.initialize(module, made) as engine:
         losses = [engine.train_batch(bert_batches(step)) for step in range(3)]
         weights = {
-            name: full_tensor(p.detach(), group=engine.parts.groups.model, meter=Meter()).clone()
+            name: full_tensor(p.detach(), groups=engine.parts.groups, meter=Meter()).clone()
             for name, p in engine.stage.canonical_parameters()
         }
         held = sum(part(p).numel() for p in engine.stage.parameters())
@@ -133,6 +140,18 @@ def test_a_divided_run_resumes_to_the_bit_and_into_other_layouts(pool: WorkerPoo
     back = pool.run(resume_from, 2, settings(1, 1, 2), str(tmp_path / "alone" / "step_00000003"))
     for losses in back:
         assert losses == pytest.approx(uninterrupted[0][3:], rel=1e-10)
+
+
+def test_a_run_divided_over_both_axes_resumes_to_the_bit_and_into_one_process(pool: WorkerPool, tmp_path: Path) -> None:
+    made = settings(1, 2, 2, **SHARDED)
+    first = pool.run(resume_job, 4, made, str(tmp_path), False, 3, 2)
+    halfway = str(tmp_path / "step_00000002")
+    again = pool.run(resume_from, 4, made, halfway)
+    assert [losses[0] for losses in again] == [losses[2] for losses in first]
+    alone = one_way(halfway, tmp_path / "alone", settings(1, 1, 1))
+    assert alone == pytest.approx(again[0], rel=1e-10)
+    for losses in pool.run(resume_from, 4, made, str(tmp_path / "alone" / "step_00000003")):
+        assert losses == pytest.approx(alone[1:], rel=1e-10)
 
 
 def one_way(checkpoint: str, folder: Path, made: dict[str, Any]) -> list[float]:
@@ -215,7 +234,10 @@ def test_layers_that_cannot_be_divided_are_refused(layers: list[Any], message: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data_parallel": {"replicas": 2, "sharding": "fsdp2"}}, "would both divide the layers; set one of them"),
+        (
+            {**SHARDED, "compression": {"algorithm": "int8"}},
+            "would share scales with parts that differ",
+        ),
         ({"optimizer": {"post_validation": True}}, "set post_validation: false"),
         ({"pipe": {"partition_method": "profile"}}, "profile measures whole layers"),
         ({"optimizer": {"name": "muon"}}, "optimizer.name=muon looks at whole matrices"),

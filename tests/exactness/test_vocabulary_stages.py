@@ -41,7 +41,7 @@ def run(rank: int, world_size: int, made: dict[str, Any], dropout: float) -> Any
         evaluated = engine.eval_batch(pairs(4))
         logits = engine.predict_batch(pairs(4))
         weights = {
-            name: full_tensor(p.detach(), group=engine.parts.groups.model, meter=Meter()).clone()
+            name: full_tensor(p.detach(), groups=engine.parts.groups, meter=Meter()).clone()
             for name, p in engine.stage.canonical_parameters()
         }
     return losses, evaluated, logits, weights

@@ -8,9 +8,15 @@ if TYPE_CHECKING:  # half a second of importing, for runs that shard nothing too
     from torch.distributed.tensor import DTensor
 
 
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether the tensor lies in parts on several ranks."""
-    return hasattr(tensor, "device_mesh")
+def is_sharded(tensor: Tensor, axis: str | None = None) -> "TypeGuard[DTensor]":
+    """Whether the tensor lies in parts on several ranks.
+
+    Args:
+        tensor: Any.
+        axis: Only parts over the ranks of this axis, ``"data"`` or ``"model"``, count.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    return mesh is not None and (axis is None or axis in (mesh.mesh_dim_names or ()))
 
 
 def here(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Gradient clipping by the global norm, over all stages of the pipeline, tied weights counted once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,7 @@ def global_norm(
     parameters: Iterable[nn.Parameter],
     *,
     group: dist.ProcessGroup | None = None,
-    copies: int = 1,
-    part_copies: int = 1,
+    axes: Mapping[str, int] | None = None,
     meter: Meter | None = None,
 ) -> float:
     """The Euclidean norm of the gradients of all parameters on all ranks of ``group``, in float64.
@@ -25,23 +24,22 @@ def global_norm(
         parameters: This rank's share; a tied parameter belongs to one rank's share only.
         group: The ranks of one pipeline replica, or where layers are divided all ranks; None when this rank holds the
             whole model.
-        copies: How many ranks of the group hold each parameter that is whole.
-        part_copies: How many hold the same part of one that is divided.
+        axes: Of the group's ranks, how many lie along ``"data"`` and ``"model"``, if not one alone.
         meter: Where the bytes of the sum are counted.
     """
-    total = squares(parameters, copies=copies, part_copies=part_copies)
+    total = squares(parameters, axes)
     work = reduced(total, group=group, meter=meter)
     if work is not None:
         work.wait()
     return float(total.sqrt())
 
 
-def squares(parameters: Iterable[nn.Parameter], *, copies: int = 1, part_copies: int = 1) -> Tensor:
+def squares(parameters: Iterable[nn.Parameter], axes: Mapping[str, int] | None = None) -> Tensor:
     """The sum of squares of this rank's share of the gradients, a float64 scalar; see :func:`global_norm`."""
     total = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
         if parameter.grad is not None:
-            total += squared_norm(parameter.grad, copies=copies, part_copies=part_copies)
+            total += squared_norm(parameter.grad, axes or {})
     return total
 
 

@@ -194,10 +194,12 @@ def check_tensor_parallel(config: "TrainConfig") -> None:
         )
     if size == 1:
         return
-    if config.data_parallel.sharded:
+    if config.data_parallel.sharded and config.compression.algorithm != "none":
         raise ValueError(
-            f"tensor_parallel.size={size} and data_parallel.sharding={config.data_parallel.sharding} would both "
-            "divide the layers; set one of them, tensor_parallel.size: 1 or sharding: none"
+            f"compression.algorithm={config.compression.algorithm} with data_parallel.sharding="
+            f"{config.data_parallel.sharding} compresses a layer as one, and with tensor_parallel.size={size} weights "
+            "that all ranks hold would share scales with parts that differ, and drift apart; set "
+            "compression.algorithm: none, sharding: none, or tensor_parallel.size: 1"
         )
     if config.local_updates is not None:
         raise ValueError(

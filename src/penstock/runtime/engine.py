@@ -435,12 +435,12 @@ class Engine:
                 self._check_finite("largest gradient", largest(self.stage.parameters()))
             return None
         with parts.watcher.waiting("gradient norm", stage=self.stage.index):
-            groups, sharded = parts.groups, self.config.data_parallel.sharded
+            groups = parts.groups
+            divided = self.config.data_parallel.sharded or groups.model is not None
             norm = global_norm(
                 parts.shared.counted_here,
-                group=groups.control if sharded or groups.model is not None else groups.pipeline,
-                copies=groups.num_replicas * groups.num_model_ranks if sharded or groups.model is not None else 1,
-                part_copies=1 if sharded else groups.num_replicas,
+                group=groups.control if divided else groups.pipeline,
+                axes={"data": groups.num_replicas, "model": groups.num_model_ranks} if divided else None,
                 meter=parts.meter,
             )
         self._check_finite("gradient norm", norm)

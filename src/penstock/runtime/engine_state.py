@@ -82,10 +82,7 @@ def _write_layers(parts: Parts, writer: CheckpointWriter) -> None:
     first = groups.replica == 0 and groups.model_rank == 0
     for layer, tensors in _layers(parts).items():
         with parts.watcher.waiting(f"gathering layer {layer}", stage=parts.stage.index):
-            whole = {
-                name: full_tensor(tensor, group=groups.replicas if sharded else groups.model, meter=parts.meter)
-                for name, tensor in tensors.items()
-            }
+            whole = {name: full_tensor(t, groups=groups, meter=parts.meter) for name, t in tensors.items()}
         if first:
             writer.write_layer(layer, whole)
 
@@ -173,7 +170,7 @@ def _check_tied(parts: Parts) -> None:
         with parts.watcher.waiting(f"comparing the copies of {key}", stage=parts.stage.index):
             check_copies(tied[key], group=group, meter=parts.meter)
     if parts.groups.model is not None:
-        whole = [(name, p) for name, p in parts.stage.canonical_parameters() if not is_sharded(p)]
+        whole = [(name, p) for name, p in parts.stage.canonical_parameters() if not is_sharded(p, "model")]
         with parts.watcher.waiting("comparing weights over the model axis", stage=parts.stage.index):
             check_copies(whole, group=parts.groups.model, meter=parts.meter)
 

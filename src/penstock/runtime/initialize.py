@@ -49,6 +49,8 @@ from penstock.runtime.same_start import copy_from_first_replica
 from penstock.runtime.shared_parameters import SharedParameters
 
 if TYPE_CHECKING:  # FSDP2 takes half a second to import
+    from torch.distributed.device_mesh import DeviceMesh
+
     from penstock.compression.sharded import CompressedReduceScatter
 
 PARAMETER_DTYPES: Final = {
@@ -142,15 +144,22 @@ def initialize(
         stage: AnyStages = stages[0] if len(stages) == 1 else LocalStages(stages)
         stage.autocast_dtype = autocast_dtype
         copy_from_first_replica(stage, groups, meter=meter, watcher=watcher)
+        mesh = None
+        if groups.model is not None or settings.data_parallel.sharded:
+            from penstock.runtime.sharding.mesh import stage_mesh  # DTensor takes half a second to import
+
+            mesh = stage_mesh(groups)
         if groups.model is not None:
-            _divide(stages, groups.model, meter, watcher)  # each stage its own copies: parts lie on the stage's mesh
+            assert mesh is not None
+            _divide(stages, groups.model, mesh["model"], meter, watcher)  # each stage its own copies
         else:
             share_tied(stages)
         # What the plain run would exchange: each replica whole, but a tensor-parallel rank its part.
         gradient_bytes = sum(here(p).nbytes for p in stage.parameters() if p.requires_grad)
         scatters = {}
         if settings.data_parallel.sharded:
-            scatters = _shard(settings, stages, groups, meter, watcher)
+            assert mesh is not None
+            scatters = _shard(settings, stages, mesh["data"], meter, watcher)
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
             ready.dropping.wrap(stage)
@@ -363,22 +372,23 @@ def _algorithm(config: TrainConfig) -> CompressionAlgorithm | None:
     return None if section.algorithm == "none" else create_compression_algorithm(section.algorithm, section.options)
 
 
-def _divide(stages: Sequence[Stage], group: dist.ProcessGroup, meter: Meter, watcher: Watcher) -> None:
+def _divide(
+    stages: Sequence[Stage], group: dist.ProcessGroup, mesh: "DeviceMesh", meter: Meter, watcher: Watcher
+) -> None:
     from penstock.pipe.tensor_parallel.ranks import ModelRanks
-    from penstock.pipe.tensor_parallel.stage import divide_stage  # DTensor takes half a second to import
+    from penstock.pipe.tensor_parallel.stage import divide_stage
 
     for stage in stages:
-        divide_stage(stage, ModelRanks(group, stage=stage.index, meter=meter, watcher=watcher))
+        divide_stage(stage, ModelRanks(group, stage=stage.index, meter=meter, watcher=watcher), mesh)
 
 
 def _shard(
-    config: TrainConfig, stages: Sequence[Stage], groups: PipeGroups, meter: Meter, watcher: Watcher
+    config: TrainConfig, stages: Sequence[Stage], mesh: "DeviceMesh", meter: Meter, watcher: Watcher
 ) -> dict[str, "CompressedReduceScatter"]:
     """Divide the stages; gives what compresses their layers' gradients, by name."""
     from penstock.compression.sharded import CompressedReduceScatter
     from penstock.runtime.sharding.stage import shard_stage
 
-    assert groups.replicas is not None  # refused for a single replica
     section, algorithm = config.compression, _algorithm(config)
     compress = None
     if algorithm is not None:
@@ -395,7 +405,7 @@ def _shard(
     for stage in stages:
         compressed |= shard_stage(
             stage,
-            group=groups.replicas,
+            mesh=mesh,
             reshard_after_forward=config.data_parallel.reshard_after_forward,
             compress=compress,
             meter=meter,

@@ -9,18 +9,18 @@ from penstock.pipe.tensor_parallel.ranks import ModelRanks
 from penstock.pipe.tensor_parallel.styles import STYLE_OF
 
 
-def divide_stage(stage: Stage, ranks: ModelRanks) -> None:
+def divide_stage(stage: Stage, ranks: ModelRanks, mesh: DeviceMesh) -> None:
     """Divide a stage's layers by their plans, in place; names and canonical order stay.
 
     Args:
         stage: Its weights are the same on every rank of the axis; afterwards each keeps its part of those that a plan
             names, as a DTensor.
         ranks: The axis. Collective over it.
+        mesh: The same ranks.
 
     Raises:
         ValueError: A layer cannot be divided over so many ranks.
     """
-    mesh = DeviceMesh.from_group(ranks.group, stage.device.type)
     done: set[int] = set()
     for index, module in stage.canonical_modules():
         if id(module) in done:  # tied layers of one stage are one module

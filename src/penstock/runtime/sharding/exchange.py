@@ -43,12 +43,12 @@ class ShardedGradients:
         self._whole = whole
         self._compressed = dict(compressed or {})
         self._step = 0
-        self._sharded = [p for stage in stages for p in stage.parameters() if is_sharded(p)]
+        self._sharded = [p for stage in stages for p in stage.parameters() if is_sharded(p, "data")]
         self._root_of = {
             id(parameter): root
             for stage, root in zip(stages, self._roots, strict=True)
             for parameter in stage.parameters()
-            if is_sharded(parameter)
+            if is_sharded(parameter, "data")
         }
         self._weight: Callable[[], float] = lambda: 1.0
 

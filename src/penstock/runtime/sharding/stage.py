@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,7 +16,7 @@ from penstock.runtime.sharding.communication import GatherParameters, ScatterGra
 def shard_stage(
     stage: Stage,
     *,
-    group: dist.ProcessGroup,
+    mesh: DeviceMesh,
     reshard_after_forward: bool,
     compress: Callable[[], CompressedReduceScatter] | None = None,
     meter: Meter,
@@ -29,8 +28,9 @@ def shard_stage(
     outside their module (an output layer that reads the embedding's weight) could not know when to gather them.
 
     Args:
-        stage: Its parameters become DTensors, divided along their first dimension; names stay.
-        group: The stage's replicas. Collective over them.
+        stage: Its parameters become DTensors, divided along their first dimension; names stay. Parameters that a
+            ``model`` axis of the same mesh divides already are divided further.
+        mesh: The stage's replicas. Collective over them.
         reshard_after_forward: Free a layer's gathered parameters after every forward pass and gather them again for
             its backward pass: less memory, and an all-gather for every pass of every micro-batch. Otherwise they stay
             until the step's last backward pass.
@@ -41,7 +41,6 @@ def shard_stage(
     Returns:
         What ``compress`` made, by the layers' names.
     """
-    mesh = DeviceMesh.from_group(group, stage.device.type)
     tied: set[nn.Parameter] = {parameter for pairs in stage.tied.values() for _, parameter in pairs}
     for _, module in stage.canonical_modules():
         if any(parameter not in tied for parameter in module.parameters()):

@@ -1,40 +1,66 @@
 """A tensor that lies in parts on the replicas: its whole, and the part of a whole that belongs here."""
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
 from penstock._core.meter import CONTROL, Meter
 from penstock._core.sharded import here, is_sharded
+from penstock.pipe.groups import PipeGroups
 
 if TYPE_CHECKING:  # half a second of importing, for runs that shard nothing too
     from torch.distributed.tensor import DTensor
 
 
-def full_tensor(tensor: Tensor, *, group: dist.ProcessGroup | None, meter: Meter) -> Tensor:
+class _Division(NamedTuple):
+    """How a tensor is divided over one axis of ranks, as ``torch.chunk`` does: the last parts may be smaller, or empty.
+
+    Attributes:
+        axis: ``"model"`` or ``"data"``.
+        dim: The dimension divided.
+        start: Where this rank's part begins, of what is divided.
+        length: Of this rank's part.
+        rows: Of the largest part.
+        size: Of what is divided.
+    """
+
+    axis: str
+    dim: int
+    start: int
+    length: int
+    rows: int
+    size: int
+
+
+def full_tensor(tensor: Tensor, *, groups: PipeGroups, meter: Meter) -> Tensor:
     """The whole tensor; a plain one is returned as it is.
 
     torch's own ``DTensor.full_tensor`` remembers how it did the same for an equal mesh, and so the process groups of an
     earlier engine in this process, which may be gone.
 
     Args:
-        tensor: Divided along one dimension. Collective over the ranks that hold its parts.
-        group: These ranks.
+        tensor: Collective over the ranks that hold its parts.
+        groups: Of the run.
         meter: Counts the bytes (``control``).
     """
     if not is_sharded(tensor):
         return tensor
-    assert group is not None  # nothing is divided over one rank
-    dim, ranks = _divided_dimension(tensor), dist.get_world_size(group)
-    part = here(tensor).detach().movedim(dim, 0)
-    rows = -(-tensor.shape[dim] // ranks)
-    padded = part.new_zeros(rows, *part.shape[1:])
-    padded[: part.shape[0]] = part
-    whole = part.new_empty(rows * ranks, *part.shape[1:])
-    dist.all_gather_into_tensor(whole, padded, group=group)
-    meter.all_gather(CONTROL, padded.nbytes, ranks)
-    return whole[: tensor.shape[dim]].movedim(0, dim)
+    part = here(tensor).detach()
+    for division in reversed(_divisions(tensor)):
+        group = groups.replicas if division.axis == "data" else groups.model
+        assert group is not None  # nothing is divided over one rank
+        ranks = dist.get_world_size(group)
+        part = part.movedim(division.dim, 0)
+        padded = part.new_zeros(division.rows, *part.shape[1:])
+        padded[: part.shape[0]] = part
+        whole = part.new_empty(division.rows * ranks, *part.shape[1:])
+        dist.all_gather_into_tensor(whole, padded, group=group)
+        meter.all_gather(CONTROL, padded.nbytes, ranks)
+        part = whole[: division.size].movedim(0, division.dim)
+    return part
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
@@ -42,16 +68,12 @@ def local_part(whole: Tensor, like: Tensor) -> Tensor:
 
     Args:
         whole: The same on every rank.
-        like: A tensor that is divided along one dimension, or a plain tensor, which holds everything.
+        like: A divided tensor, or a plain one, which holds everything.
     """
-    if not is_sharded(like):
-        return whole
-    dim, ranks = _divided_dimension(like), like.device_mesh.size()
-    rows = -(-like.shape[dim] // ranks)  # as torch.chunk divides: the last parts may be smaller, or empty
-    place = like.device_mesh.get_coordinate()
-    assert place is not None  # this rank is one of those that hold the tensor
-    start = min(place[0] * rows, like.shape[dim])
-    return whole.narrow(dim, start, min(rows, like.shape[dim] - start))
+    if is_sharded(like):
+        for division in _divisions(like):
+            whole = whole.narrow(division.dim, division.start, division.length)
+    return whole
 
 
 def divided_like(whole: Tensor, like: Tensor) -> Tensor:
@@ -66,21 +88,31 @@ def divided_like(whole: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def squared_norm(gradient: Tensor, *, copies: int = 1, part_copies: int = 1) -> Tensor:
+def squared_norm(gradient: Tensor, axes: Mapping[str, int]) -> Tensor:
     """This rank's share of a squared norm, in float64 on the CPU.
-
-    Shares are to be added up over ranks of which several may hold the same, so each counts its part of it.
 
     Args:
         gradient: A parameter's.
-        copies: Ranks that hold it, if it is whole.
-        part_copies: Ranks that hold the same part of it, if it is divided.
+        axes: Shares are to be added up over the ranks of these axes, of these sizes. Where the gradient is not divided
+            over one, each of its ranks holds the same and counts its part of it.
     """
     square = here(gradient).detach().double().square().sum().cpu()
-    return square / (part_copies if is_sharded(gradient) else copies)
+    return square / math.prod(size for axis, size in axes.items() if not is_sharded(gradient, axis))
 
 
-def _divided_dimension(tensor: "DTensor") -> int:
-    (placement,) = tensor.placements
-    dim: int = placement.dim  # type: ignore[attr-defined]
-    return dim
+def _divisions(tensor: "DTensor") -> list[_Division]:
+    """First over the ``model`` axis, then what each of its ranks has over the replicas."""
+    names, place = tensor.device_mesh.mesh_dim_names, tensor.device_mesh.get_coordinate()
+    assert names is not None
+    assert place is not None  # this rank is one of those that hold the tensor
+    sizes = list(tensor.shape)
+    found = []
+    for axis in ("model", "data"):
+        if axis in names:
+            at = names.index(axis)
+            dim: int = tensor.placements[at].dim  # type: ignore[attr-defined]
+            rows = -(-sizes[dim] // tensor.device_mesh.size(at))
+            start = min(place[at] * rows, sizes[dim])
+            found.append(_Division(axis, dim, start, min(rows, sizes[dim] - start), rows, sizes[dim]))
+            sizes[dim] = found[-1].length
+    return found
