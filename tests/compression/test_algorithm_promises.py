@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.compression import CompressionAlgorithm, ErrorFeedback, create_compression_algorithm
+from penstock.compression.algorithms._blocks import as_flat
 from penstock.compression.algorithms._sparse import pack_places, unpack_places
 from penstock.compression.algorithms.dct_topk import _basis_of
 
@@ -289,3 +290,22 @@ def test_a_scaled_random_choice_keeps_no_memory() -> None:
     scaled = create_compression_algorithm("randomk", {"scaled": True})
     with pytest.raises(ValueError, match=r"scaled=True multiplies by 32.*error_feedback: false"):
         ErrorFeedback.for_tensor(scaled, torch.empty(3))
+
+
+def test_two_sizes_of_equal_elements_are_their_size() -> None:
+    """The mean of equal numbers may be rounded to below them, and then all of them would be above it."""
+    algorithm = create_compression_algorithm("topk_int2", {"chunk_size": 128, "keep": 100})
+    for size in torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist():
+        x = torch.full((100,), size)
+        torch.testing.assert_close(seen(algorithm, x), x, rtol=1e-6, atol=0)
+
+
+def test_what_is_strided_or_expanded_is_compressed_as_what_it_shows() -> None:
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(1))
+    for shown in (x[::2], torch.tensor(2.5).expand(4, 256), x.view(40, 50).T):
+        assert as_flat(shown).is_contiguous()
+        for name in ("onebit", "int8", "topk"):
+            algorithm = create_compression_algorithm(name)
+            assert torch.equal(
+                seen(algorithm, shown), seen(algorithm, shown.clone(memory_format=torch.contiguous_format))
+            )

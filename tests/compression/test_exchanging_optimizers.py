@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from penstock._core.protocols import OwnsExchange
-from penstock.compression import OneBitAdam, OneBitLamb, ZeroOneAdam
+from penstock.compression import ErrorMemory, OneBitAdam, OneBitLamb, ZeroOneAdam
 from penstock.compression.rechunk import rechunked
 
 SHAPES = [(17, 5), (), (3,), (64, 33), (1000,), (0,)]
@@ -214,8 +214,8 @@ def test_rechunked_memories_owe_what_the_old_ones_did(numel: int, old: int, new:
     owed = sum(s["b.worker"] for s in states) / old + torch.cat([s["b.server"] for s in states])
     taken = []
     for start, stop in cut(new):
-        mine = {"b.worker": torch.empty(numel), "b.server": torch.empty(stop - start)}
-        taken.append(rechunked(states, mine, {"b": start}))
+        mine = ErrorMemory(torch.empty(numel), torch.empty(stop - start), chunk_start=start)
+        taken.append(rechunked(states, {"b": mine}, replicas=new))
     assert [t["b.server"].numel() for t in taken] == [stop - start for start, stop in cut(new)]
     still = sum(t["b.worker"] for t in taken) / new + torch.cat([t["b.server"] for t in taken])
     torch.testing.assert_close(still, owed, rtol=1e-12, atol=1e-12)

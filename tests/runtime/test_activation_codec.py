@@ -78,3 +78,12 @@ def test_infinities_are_not_hidden() -> None:
     for name in ("bf16", "fp8", "int8", "int4"):
         assert not torch.isfinite(through(name, "B", x)[0][3])
         assert not torch.isfinite(through(name, "F", x)[0]).all()
+
+
+def test_rotated_values_may_exceed_the_range_of_16_bits() -> None:
+    """A block of equal signs along a row of the rotation becomes one element eleven times as large."""
+    row = rotate(torch.eye(128), back=True).view(128, 128)[5].sign()
+    x = (row * 30000).to(torch.float16).repeat(64, 1)
+    assert rotate(x).abs().max() > torch.finfo(torch.float16).max
+    seen, _ = through("int4", "F", x)
+    torch.testing.assert_close(seen, x, rtol=0.01, atol=0)

@@ -132,6 +132,15 @@ WRONG: list[tuple[list[str], str]] = [
     (["compression.algorithm=onebit", "compression.options={block: 1}"], "did you mean 'block_size'"),
     (["compression.warmup_steps=101"], r"warmup_steps=101 is more than the run's 100 steps"),
     (["compression.bucket_mb=0"], r"compression\.bucket_mb"),
+    (["compression={algorithm: int8, error_feedback: false, error_decay: 0.5}"], "error_feedback: false does without"),
+    (["compression.weights=fp8"], r"each holds all of them; set sharding: fsdp2"),
+    (
+        ["compression.replicas_per_machine=2", "local_updates={method: diloco, period: 5}"],
+        "local_updates exchange something else.*set replicas_per_machine: 1",
+    ),
+    (["local_updates={method: diloco, period: 5, error_feedback: false, error_decay: 0.5}"], "error_feedback is false"),
+    (["optimizer.min_dimensions=2"], r"adamw sends none; remove them, or set them in the section compression"),
+    (["optimizer={name: demo, full_precision: [a]}"], "demo sends a part of each only; remove them"),
     (["optimizer.name=adam"], "did you mean 'adamw'"),
     (["optimizer.name=onebit_adam"], "needs freeze_step"),
     (["optimizer.freeze_step=3"], "has no meaning for adamw"),
@@ -223,6 +232,9 @@ def test_world_size() -> None:
         check_world(two, 10)
     fixed = load_config(two, ["data_parallel.replicas=3"])
     assert check_world(fixed, 6) == 3
+    machines = load_config(two, ["compression.replicas_per_machine=3"])
+    with pytest.raises(ValueError, match=r"2 replicas cannot fill machines of .*=3; make it a divisor of 2"):
+        check_world(machines, 4)
     with pytest.raises(ValueError, match=r"2 \* data_parallel\.replicas=3 = 6 processes, but 4 were started"):
         check_world(fixed, 4)
 

@@ -74,10 +74,15 @@ class ReferenceZeroOneAdam:
         self.rates = keep * self.rates + rate
         self.common = keep * self.common
         if self.t in self.exchange_steps:
-            u = self.average(self.u)
+            if self.rates:
+                u = self.average(self.u)
+                momentum = u / self.rates
+            else:  # nothing has moved, and the paper's momentum would be 0 / 0: the replicas' own are averaged
+                u = np.zeros_like(d)
+                momentum = sum(self.m) / len(self.m)
             self.common = self.common - u / d
             self.x = [self.common.copy() for _ in ranks]
-            self.m = [u / self.rates for _ in ranks]
+            self.m = [momentum for _ in ranks]
             self.u = [np.zeros_like(u) for _ in ranks]
             self.rates = 0.0
 

@@ -54,6 +54,14 @@ class Undoable(Protocol):
 
 
 @runtime_checkable
+class TakesDebts(Protocol):
+    """An exchange that can go on with what another number of replicas owed."""
+
+    def load_debts(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Take over :meth:`GradientExchange.state_dict` of each old replica; whether the memories belong here."""
+
+
+@runtime_checkable
 class OwnsExchange(Protocol):
     """An optimizer that communicates over the replicas itself, inside ``step()`` (the 1-bit family)."""
 

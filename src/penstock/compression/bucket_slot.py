@@ -11,10 +11,9 @@ from penstock._core.sharded import here
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import Bucket
-from penstock.compression.chunks import chunk_bounds
 from penstock.compression.error_feedback import CLASSIC, FeedbackRule
 from penstock.compression.error_memory import ErrorMemory
-from penstock.compression.group import rank_in, ranks_of
+from penstock.compression.masks import flat_mask
 from penstock.compression.reduction import Reduction, make_reduction
 
 
@@ -49,12 +48,10 @@ class BucketSlot:
                 parts=bucket.parts,
                 inside=inside,
             )
-        self._shard = slice(0, bucket.numel)
-        if inside is not None:
-            self._shard = slice(*chunk_bounds(bucket.numel, ranks_of(inside))[rank_in(inside)])
-        shard = self._shard.stop - self._shard.start
-        self.chunk_start = chunk_bounds(shard, ranks_of(group))[rank_in(group)][0]
-        self._mask = _flat_mask(bucket, masks) if algorithm is not None else None
+        self._mask: Tensor | None = None
+        if algorithm is not None and masks:
+            ones = bucket.new_flat()
+            self._mask = flat_mask(ones, bucket.names, bucket.views(ones), masks)
         self._compressed = make_reduction(
             self._flat,
             algorithm,
@@ -94,32 +91,10 @@ class BucketSlot:
         if self._mask is not None:
             self._flat.mul_(self._mask)
             if self.memory is not None:
-                mask = self._mask[self._shard]
-                self.memory.worker.mul_(mask)
-                self.memory.server.mul_(mask[self.chunk_start : self.chunk_start + self.memory.server.numel()])
-                if self.memory.result is not None:
-                    self.memory.result.mul_(mask)
+                self.memory.cut_off(self._mask)
         for parameter, view in zip(self.bucket.parameters, self._views, strict=True):
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             here(parameter.grad).copy_(view)
-
-
-def _flat_mask(bucket: Bucket, masks: Mapping[str, Tensor]) -> Tensor | None:
-    """The masks of a bucket's parameters, ``[numel]``, 1 where there is none; None if no parameter has one."""
-    if not any(name in masks for name in bucket.names):
-        return None
-    flat = bucket.new_flat().fill_(1)
-    for name, parameter, view in zip(bucket.names, bucket.parameters, bucket.views(flat), strict=True):
-        if name not in masks:
-            continue
-        try:
-            view.copy_(masks[name].expand_as(parameter))
-        except RuntimeError as error:
-            raise ValueError(
-                f"the mask of {name} has shape {tuple(masks[name].shape)}, which does not broadcast to the parameter's "
-                f"{tuple(parameter.shape)}; give one of its shape, or [rows, 1]"
-            ) from error
-    return flat

@@ -48,6 +48,11 @@ class CompressionConfig(BaseModel):
         algorithm, rule = self.create(), self.feedback()
         if rule is not None and not algorithm.lossless:
             rule.check(algorithm)
+        if rule is None and (self.error_decay or self.error_reset_every):
+            raise ValueError(
+                f"error_decay={self.error_decay:g} and error_reset_every={self.error_reset_every} are of an error "
+                "memory, which error_feedback: false does without; remove them, or set error_feedback: true"
+            )
         return self
 
     def feedback(self) -> FeedbackRule | None:

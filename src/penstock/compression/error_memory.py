@@ -27,6 +27,9 @@ class ErrorMemory:
             ranks, the sum of what they know of each other's contributions.
         starts: Where PowerSGD's iterations start, one for each matrix.
         two_phases: Whether the exchange sums chunks, so that there is something to owe for them.
+        divided: Whether the exchange makes a sum an average by dividing what it compresses, not what it has summed.
+        start: Where in the buffer the elements lie that the memories are of: with a hierarchical reduction, the shard.
+        chunk_start: Where in those the chunk starts that this rank sums.
 
     Attributes:
         worker: What this rank did not send of its own contribution, ``[numel]``; with EF21, what the others know of it.
@@ -44,6 +47,9 @@ class ErrorMemory:
         result: Tensor | None = None,
         starts: Sequence[Tensor] = (),
         two_phases: bool = True,
+        divided: bool = False,
+        start: int = 0,
+        chunk_start: int = 0,
     ) -> None:
         self.worker = worker
         self.server = server
@@ -51,6 +57,9 @@ class ErrorMemory:
         self.result = result
         self.starts = list(starts)
         self.two_phases = two_phases
+        self.divided = divided
+        self.chunk_start = chunk_start
+        self._start = start
 
     @classmethod
     def for_tensor(
@@ -78,10 +87,10 @@ class ErrorMemory:
         """
         if algorithm is not None:
             rule.check_sum(algorithm)
-        numel = tensor.numel()
+        first, last = 0, tensor.numel()
         if inside is not None and ranks_of(inside) > 1:
-            start, stop = chunk_bounds(numel, ranks_of(inside))[rank_in(inside)]
-            numel = stop - start
+            first, last = chunk_bounds(last, ranks_of(inside))[rank_in(inside)]
+        numel = last - first
         start, stop = chunk_bounds(numel, ranks_of(group))[rank_in(group)]
         two_phases = algorithm is None or not (algorithm.linear or algorithm.sparse or algorithm.shaped)
 
@@ -90,8 +99,8 @@ class ErrorMemory:
 
         starts = []
         if isinstance(algorithm, PowerSGD):
-            first = [algorithm.start(part.shape, tensor.device) for part in parts]
-            starts = [start for start in first if start is not None]
+            drawn = [algorithm.start(part.shape, tensor.device) for part in parts]
+            starts = [directions for directions in drawn if directions is not None]
         return cls(
             zeros(numel),
             zeros(stop - start if two_phases else 0),
@@ -99,7 +108,18 @@ class ErrorMemory:
             result=zeros(numel) if rule.kind == "ef21" else None,
             starts=starts,
             two_phases=two_phases,
+            divided=algorithm is not None and (algorithm.linear or isinstance(algorithm, PowerSGD)),
+            start=first,
+            chunk_start=start,
         )
+
+    def cut_off(self, mask: Tensor) -> None:
+        """Owe nothing where ``mask``, ``[numel of the whole buffer]``, is 0."""
+        mine = mask[self._start : self._start + self.worker.numel()]
+        self.worker.mul_(mine)
+        self.server.mul_(mine[self.chunk_start : self.chunk_start + self.server.numel()])
+        if self.result is not None:
+            self.result.mul_(mine)
 
     def check(self, numel: int, *, ranks: int, rank: int) -> None:
         """Raise ``ValueError`` unless the memories fit a buffer of ``numel`` elements on this rank."""

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from penstock._core.meter import Meter
-from penstock._core.suggest import unknown_name
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.algorithms.powersgd import PowerSGD
@@ -17,9 +16,10 @@ from penstock.compression.buckets import DEFAULT_BUCKET_BYTES, Bucket, NamedPara
 from penstock.compression.error_feedback import FeedbackRule, memory_dtype
 from penstock.compression.error_memory import empty_memories
 from penstock.compression.group import rank_in, ranks_of
+from penstock.compression.masks import check_masks
 from penstock.compression.rechunk import rechunked
 from penstock.compression.reduction import finish_all
-from penstock.compression.rules import ParameterRules
+from penstock.compression.rules import ParameterRules, split_by
 from penstock.compression.same_start import check_same_start
 
 
@@ -84,16 +84,13 @@ class Reducer:
         make_buckets(parameter_sets)  # refuses what is listed twice
         planned: list[tuple[Bucket, CompressionAlgorithm | None]] = []
         for named in parameter_sets:
-            full = [pair for pair in named if rules is not None and not rules.compresses(*pair)]
-            rest = [pair for pair in named if rules is None or rules.compresses(*pair)]
+            rest, full = split_by(rules, named)
             planned += [
                 (bucket, algorithm) for bucket in make_buckets([rest], bucket_bytes=bucket_bytes, flat_dtype=flat_dtype)
             ]
             planned += [(bucket, None) for bucket in make_buckets([full], bucket_bytes=bucket_bytes)]
         known = {name for named in parameter_sets for name, _ in named}
-        for name in masks or {}:
-            if name not in known:
-                raise ValueError(unknown_name("parameter in masks:", name, known))
+        check_masks(masks or {}, known)
         self._machines = ranks_of(group)
         self._inside = (0, 1) if inside is None else (rank_in(inside), ranks_of(inside))
         self._slots = [
@@ -233,7 +230,7 @@ class Reducer:
             empty_memories(mine)
         self._done = False
 
-    def load_debts(self, states: Sequence[Mapping[str, Any]]) -> bool:
+    def load_debts(self, states: Sequence[dict[str, Any]]) -> bool:
         """Take over what another number of replicas owed: the sum of all memories stays what it was.
 
         Args:
@@ -248,19 +245,15 @@ class Reducer:
         self._done = False
         place, per_machine = self._inside
         states = states[place::per_machine]  # those that held the same shard, one on each machine
-        starts = {f"bucket_{index:03d}": slot.chunk_start for index, slot in enumerate(self._slots)}
-        memories = [{name: value for name, value in state.items() if name != "step"} for state in states]
-        found = rechunked(memories, mine, starts)
+        memories = {f"bucket_{i:03d}": slot.memory for i, slot in enumerate(self._slots) if slot.memory is not None}
+        theirs = [{name: value for name, value in state.items() if name != "step"} for state in states]
+        found = rechunked(theirs, memories, replicas=self._machines, of_sum=True)
         fits = found.keys() == mine.keys() and all(found[name].shape == mine[name].shape for name in mine)
         if not fits:
             empty_memories(mine)
             return False
         for name, memory in mine.items():
-            if name.endswith(".worker"):
-                # What is owed here is a sum of the replicas' memories, not their mean.
-                memory.copy_(found[name] * (len(states) / self._machines))
-            else:
-                memory.copy_(found[name])
+            memory.copy_(found[name])
         return True
 
     def close(self) -> None:

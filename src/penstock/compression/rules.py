@@ -1,9 +1,13 @@
 """Which parameters are compressed and which go in full precision."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import Tensor
+
+P = TypeVar("P", bound=Tensor)
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,11 @@ class ParameterRules:
         if parameter.dim() < self.min_dimensions:
             return False
         return not any(fnmatchcase(name, pattern) for pattern in self.full_precision)
+
+
+def split_by(
+    rules: ParameterRules | None, named: Sequence[tuple[str, P]]
+) -> tuple[list[tuple[str, P]], list[tuple[str, P]]]:
+    """Named parameters that are compressed, and those that go in full precision; without rules all are compressed."""
+    compressed = [pair for pair in named if rules is None or rules.compresses(*pair)]
+    return compressed, [pair for pair in named if rules is not None and not rules.compresses(*pair)]

@@ -17,8 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm, wire_bytes, wire_views, write_wire
+from penstock.compression.algorithms.randomk import RandomK
 from penstock.compression.error_feedback import CLASSIC, FeedbackRule, compress_with_feedback, is_finite, memory_dtype
 from penstock.compression.reductions.base import Wires
+from penstock.compression.shard_layout import ShardLayout
 
 
 class CompressedReduceScatter:
@@ -43,6 +45,7 @@ class CompressedReduceScatter:
         memory: What this rank owes to each rank's sum, ``[ranks * n]``; with EF21, what they know of its gradients.
             None before the first compressed call.
         received: With EF21, the sum of what is known here of the ranks' gradients, ``[n]``.
+        module: Whose gradients are reduced, as :func:`compress_fsdp` sets it; None where nobody said.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class CompressedReduceScatter:
         self.scale = 1.0
         self.memory: Tensor | None = None
         self.received: Tensor | None = None
+        self.module: nn.Module | None = None
         self._warmup_steps = warmup_steps
         self._undoable = undoable
         self._before: dict[str, Any] | None = None
@@ -124,6 +128,10 @@ class CompressedReduceScatter:
             self.load_state_dict(self._before)
             self._before = None
 
+    def settle(self) -> None:
+        """The last call stands: its gradients were made use of."""
+        self._before = None
+
     def state_dict(self) -> dict[str, Any]:
         """The step, and the memories that there are; not copies."""
         memories = {"memory": self.memory, "received": self.received}
@@ -135,6 +143,35 @@ class CompressedReduceScatter:
         self.memory = _copy(state.get("memory"))
         self.received = _copy(state.get("received"))
 
+    def load_debts(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Take over what another number of ranks owed: the sum of all memories stays what it was.
+
+        Args:
+            states: What :meth:`state_dict` gave on each of the old ranks, in rank order.
+
+        Returns:
+            Whether the memories belong to :attr:`module` and this kind of error feedback; if not, they start empty.
+        """
+        self.step = int(states[0]["step"])
+        self.memory = self.received = self._before = None
+        saved = [state["memory"] for state in states if "memory" in state]
+        if not saved and not any("received" in state for state in states):
+            return True  # nothing was compressed yet
+        layout = None if self.module is None else ShardLayout.of(self.module)
+        estimates = self._rule.kind == "ef21"
+        if (
+            not self._remembers
+            or layout is None
+            or any(("received" in state) != estimates for state in states)
+            or [memory.numel() for memory in saved] != [layout.numel(len(states))] * len(states)
+        ):
+            return False
+        total = layout.relaid(torch.stack(saved).sum(dim=0), len(states))
+        self.memory = total / layout.ranks
+        if estimates:
+            self.received = total.view(layout.ranks, -1)[layout.rank].clone()
+        return True
+
     def _make_memory(self, flat: Tensor, size: int) -> None:
         """Empty memories before the first compressed call; a memory of another size is refused."""
         if self._remembers and self.memory is None:
@@ -143,10 +180,14 @@ class CompressedReduceScatter:
                 self.received = torch.zeros(size, dtype=self.memory.dtype, device=flat.device)
         if self.memory is None:
             return
+        # A loaded memory lies where it was read to.
+        self.memory = self.memory.to(flat.device)
+        self.received = None if self.received is None else self.received.to(flat.device)
         if self.memory.numel() != flat.numel():
             raise ValueError(
                 f"the error memory is for gradients of {self.memory.numel()} elements, these have {flat.numel()}; make "
-                "a CompressedReduceScatter for each module"
+                "a CompressedReduceScatter for each module, and call module.set_reduce_scatter_unused_params(True) "
+                "where some parameters are not always used (compress_fsdp does both)"
             )
         if self._rule.resets_at(self.step):
             self.memory.zero_()
@@ -187,18 +228,18 @@ class CompressedAllGather:
     the optimizer updates keep every bit. Fits FSDP2's ``set_custom_all_gather``.
 
     Args:
-        algorithm: Any algorithm but those that need the shapes of matrices; elementwise ones (``bf16``, ``fp8``,
-            ``int8``) suit weights.
+        algorithm: An elementwise one; ``bf16``, ``fp8`` and ``int8`` suit weights.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
+
+    Raises:
+        ValueError: The algorithm needs whole matrices, or leaves most elements out.
     """
 
     def __init__(
         self, algorithm: CompressionAlgorithm, *, meter: Meter | None = None, watcher: Watcher | None = None
     ) -> None:
-        refuse_shaped(algorithm)
-        if algorithm.sparse:
-            raise ValueError(f"{algorithm.name} would set most weights to zero; take fp8, int8 or the like for weights")
+        check_for_weights(algorithm)
         self.algorithm = algorithm
         self._meter = meter
         self._watcher = watcher
@@ -211,7 +252,17 @@ class CompressedAllGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        """Fill ``output_tensor`` ``[ranks * n]`` with the ranks' ``input_tensor`` ``[n]``."""
+        """Fill ``output_tensor`` ``[ranks * n]`` with the ranks' ``input_tensor`` ``[n]``.
+
+        Raises:
+            ValueError: What is gathered is not floating: FSDP2 gathers parameters of several dtypes as bytes.
+        """
+        if not input_tensor.is_floating_point():
+            raise ValueError(
+                f"only floating weights are compressed, these are gathered as {input_tensor.dtype}, as FSDP2 does with "
+                "parameters of several dtypes; call fully_shard on modules of one dtype, or leave their weights as "
+                "they are"
+            )
         wires = Wires(group, meter=self._meter, watcher=self._watcher)
         size = input_tensor.numel()
         layout = self.algorithm.payload_layout(size)
@@ -260,11 +311,26 @@ def compress_fsdp(
             made[name] = CompressedReduceScatter(
                 gradients, error_feedback=error_feedback, warmup_steps=warmup_steps, meter=meter, watcher=watcher
             )
-            module.set_custom_reduce_scatter(made[name])  # type: ignore[arg-type]
+            install(module, made[name])
         if weights is not None:
             gather = CompressedAllGather(weights, meter=meter, watcher=watcher)
             module.set_custom_all_gather(gather)  # type: ignore[arg-type]
     return made
+
+
+def install(module: FSDPModule, scatter: CompressedReduceScatter) -> None:
+    """Have ``scatter`` reduce a module's gradients, always all of them: those of unused parameters as zeros."""
+    assert isinstance(module, nn.Module)  # FSDP2 makes a module one of its own kind, too
+    scatter.module = module
+    module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+    module.set_reduce_scatter_unused_params(True, recurse=False)
+
+
+def check_for_weights(algorithm: CompressionAlgorithm) -> None:
+    """Raise ``ValueError`` for an algorithm that weights cannot be compressed with."""
+    refuse_shaped(algorithm)
+    if algorithm.sparse or isinstance(algorithm, RandomK):
+        raise ValueError(f"{algorithm.name} would set most weights to zero; take fp8, int8 or the like for weights")
 
 
 def refuse_shaped(algorithm: CompressionAlgorithm) -> None:

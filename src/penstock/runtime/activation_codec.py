@@ -49,9 +49,13 @@ class AlgorithmCodec:
         """Decompress."""
         layout = self._algorithm.layout_for(out.shape)
         payload = {field.name: part for field, part in zip(layout, parts, strict=True)}
-        self._algorithm.decompress(payload, out)
-        if self._rotated:
-            out.copy_(rotate(out, back=True).view(out.shape))
+        if not self._rotated:
+            self._algorithm.decompress(payload, out)
+            return
+        # Rotated values may be eleven times as large as those that come of them: too large for 16 bits.
+        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+        turned = self._algorithm.decompress(payload, torch.empty(out.shape, dtype=wide, device=out.device))
+        out.copy_(rotate(turned, back=True).view(out.shape))
 
 
 def activation_codecs(name: str) -> dict[str, Codec]:
@@ -84,18 +88,18 @@ def rotate(tensor: Tensor, *, back: bool = False) -> Tensor:
     flat = tensor.reshape(-1)
     flat = flat.clone() if flat.dtype == torch.float64 else flat.to(torch.float32, copy=True)
     blocks = flat[: flat.numel() // _ROTATED * _ROTATED].view(-1, _ROTATED)
-    turn = _rotation().to(device=flat.device, dtype=flat.dtype)
+    turn = _rotation(flat.device, flat.dtype)
     blocks.copy_(blocks @ (turn if back else turn.T))
     return flat
 
 
 @cache
-def _rotation() -> Tensor:
-    """The matrix ``[128, 128]``, float64."""
+def _rotation(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix, ``[128, 128]``."""
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while hadamard.shape[0] < _ROTATED:
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
     words = random_words(derive("rotation between stages"), np.arange(_ROTATED, dtype=np.uint64))
     signs = torch.from_numpy((words >> np.uint64(63)).astype(np.float64)) * 2 - 1
     rotation: Tensor = hadamard * signs / _ROTATED**0.5
-    return rotation
+    return rotation.to(device=device, dtype=dtype)

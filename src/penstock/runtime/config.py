@@ -260,6 +260,12 @@ def check_world(config: TrainConfig, world_size: int) -> int:
             f"{counted(world_size, 'process', 'processes')} with pipe.stages={stages} make only 1; start more "
             "processes, or set sharding: none"
         )
+    per_machine = config.compression.replicas_per_machine
+    if replicas % per_machine:
+        raise ValueError(
+            f"{counted(replicas, 'replica', 'replicas')} cannot fill machines of compression.replicas_per_machine="
+            f"{per_machine}; make it a divisor of {replicas}, or change the number of processes"
+        )
     config.micro_batches(replicas)
     return replicas
 

@@ -142,6 +142,19 @@ def _check_exchange(config: "TrainConfig") -> None:
                 f"{config.data_parallel.sharding} leaves each a part; remove one of the two"
             )
         compression.check_sharded(config.data_parallel.sharding)
+    elif compression.weights != "none":
+        raise ValueError(
+            f"compression.weights={compression.weights} is for weights that replicas gather from one another, but with "
+            f"data_parallel.sharding={config.data_parallel.sharding} each holds all of them; set sharding: fsdp2, or "
+            "weights: none"
+        )
+    apart = optimizer.owns_exchange or config.local_updates is not None
+    if apart and compression.replicas_per_machine > 1:
+        who = f"optimizer.name={optimizer.name} exchanges" if optimizer.owns_exchange else "local_updates exchange"
+        raise ValueError(
+            f"compression.replicas_per_machine={compression.replicas_per_machine} is for gradients, but {who} "
+            "something else, over all replicas alike; set replicas_per_machine: 1"
+        )
     if optimizer.owns_exchange and compression.algorithm != "none":
         raise ValueError(
             f"compression.algorithm={compression.algorithm} and optimizer.name={optimizer.name} would both "

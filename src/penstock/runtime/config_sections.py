@@ -296,6 +296,8 @@ class DataSection(Section):
 class CompressionSection(Section):
     """Gradients on the wire between replicas, when the reducer exchanges them.
 
+    With ``algorithm: none`` the other keys wait for an algorithm, but for ``bucket_mb`` and ``replicas_per_machine``.
+
     Attributes:
         algorithm: ``none``, ``fp16``, ``bf16``, ``fp8``, ``int8``, ``int4``, ``int2``, ``onebit``, ``topk``,
             ``topk_int2``, ``randomk``, ``dct_topk``, ``powersgd``, or a name that you registered.
@@ -310,6 +312,10 @@ class CompressionSection(Section):
         warmup_steps: Steps exchanged uncompressed first.
         bucket_mb: Size of a bucket in MiB of gradients.
         options: Passed to the algorithm's configuration, for example ``{block_size: 4096}``.
+        weights: What weights that ``data_parallel.sharding`` divides are compressed with where they are gathered:
+            ``none``, ``bf16``, ``fp8``, ``int8`` or the like. All replicas compute with the same rounded weights; the
+            parts that the optimizer updates keep every bit.
+        weights_options: Passed to that algorithm's configuration.
     """
 
     algorithm: str = "none"
@@ -322,6 +328,17 @@ class CompressionSection(Section):
     warmup_steps: int = Field(default=0, ge=0)
     bucket_mb: float = Field(default=25.0, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
+    weights: str = "none"
+    weights_options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        algorithm = create_compression_algorithm(self.weights, self.weights_options)
+        if self.weights != "none":
+            from penstock.compression.sharded import check_for_weights  # FSDP2 takes half a second to import
+
+            check_for_weights(algorithm)
+        return self
 
     @model_validator(mode="after")
     def _check_algorithm(self) -> Self:
@@ -329,6 +346,11 @@ class CompressionSection(Section):
         rule = self.feedback()
         if isinstance(rule, FeedbackRule):
             rule.check_sum(algorithm)
+        elif self.error_decay or self.error_reset_every:
+            raise ValueError(
+                f"compression.error_decay={self.error_decay:g} and error_reset_every={self.error_reset_every} are of "
+                "an error memory, which error_feedback: false does without; remove them, or set error_feedback: true"
+            )
         if not self.error_feedback and algorithm.name == "powersgd":
             raise ValueError(
                 "compression.algorithm=powersgd without error feedback loses all but a few directions for good; set "

@@ -8,10 +8,9 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from penstock._core.protocols import OwnsExchange
+from penstock._core.protocols import OwnsExchange, TakesDebts
 from penstock._core.sharded import is_sharded
 from penstock._version import __version__
-from penstock.compression import Reducer
 from penstock.data_pipeline.data_sampling import Consumed
 from penstock.pipe.topology import ProcessTopology
 from penstock.runtime import local_replicas
@@ -100,7 +99,7 @@ def load(parts: Parts, progress: Progress, directory: Path) -> Path:
         progress.earlier = spent if progress.earlier is None else chain(progress.earlier, spent)
         owed = _load_debts(parts, checkpoint, state)
         step = state["ranks"][0]["plain"].get(f"{_EXCHANGE}.step")
-        if step is not None and "step" in parts.exchange.state_dict():
+        if not owed and step is not None and "step" in parts.exchange.state_dict():
             parts.exchange.load_state_dict({"step": step})  # how much of the warm-up is done
         if parts.process.rank == 0 and checkpoint.ranks and not owed:
             _log.warning(
@@ -264,7 +263,7 @@ def _load_debts(parts: Parts, checkpoint: Checkpoint, state: Mapping[str, Any]) 
     if isinstance(parts.optimizer, OwnsExchange):
         parts.optimizer.load_error_states([owned[_OPTIMIZER] for owned in states])
         return True
-    if isinstance(parts.exchange, Reducer) and all("step" in owned[_EXCHANGE] for owned in states):
+    if isinstance(parts.exchange, TakesDebts) and all("step" in owned[_EXCHANGE] for owned in states):
         return parts.exchange.load_debts([owned[_EXCHANGE] for owned in states])
     local_replicas.load_rank_states(parts, [owned[_LOCAL] for owned in states])
     return parts.local_updates is not None

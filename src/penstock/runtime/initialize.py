@@ -258,7 +258,9 @@ def _optimizer(
     elif given is None:
         decay = config.optimizer.weight_decay
         muon = hidden_matrices(stage, last_layer=last_layer) if config.optimizer.name == "muon" else None
-        built = config.optimizer.create(parameter_groups(shared.own, shared.shared, weight_decay=decay, muon=muon))
+        named = config.optimizer.rules is not None
+        groups = parameter_groups(shared.own, shared.shared, weight_decay=decay, muon=muon, named=named)
+        built = config.optimizer.create(groups)
     else:
         built = given(parameter_groups(shared.own, shared.shared))
         if not isinstance(built, Optimizer):
@@ -386,7 +388,7 @@ def _shard(
     config: TrainConfig, stages: Sequence[Stage], mesh: "DeviceMesh", meter: Meter, watcher: Watcher
 ) -> dict[str, "CompressedReduceScatter"]:
     """Divide the stages; gives what compresses their layers' gradients, by name."""
-    from penstock.compression.sharded import CompressedReduceScatter
+    from penstock.compression.sharded import CompressedAllGather, CompressedReduceScatter
     from penstock.runtime.sharding.stage import shard_stage
 
     section, algorithm = config.compression, _algorithm(config)
@@ -401,6 +403,10 @@ def _shard(
             meter=meter,
             watcher=watcher,
         )
+    gather = None
+    if section.weights != "none":
+        of_weights = create_compression_algorithm(section.weights, section.weights_options)
+        gather = partial(CompressedAllGather, of_weights, meter=meter, watcher=watcher)
     compressed: dict[str, CompressedReduceScatter] = {}
     for stage in stages:
         compressed |= shard_stage(
@@ -408,6 +414,7 @@ def _shard(
             mesh=mesh,
             reshard_after_forward=config.data_parallel.reshard_after_forward,
             compress=compress,
+            gather=gather,
             meter=meter,
             watcher=watcher,
         )

@@ -89,6 +89,10 @@ class LocalUpdatesSection(Section):
                 raise ValueError(f"{name} has no meaning for {self.method}; remove it, or take method: diloco")
         if self.options and self.algorithm is None:
             raise ValueError("options are those of the algorithm; name it: algorithm: ...")
-        if self.algorithm is not None:
-            create_compression_algorithm(self.algorithm, self.options)
+        lossless = self.algorithm is not None and create_compression_algorithm(self.algorithm, self.options).lossless
+        if self.error_decay is not None and (lossless or not self.error_feedback):
+            because = f"algorithm: {self.algorithm} leaves nothing over" if lossless else "error_feedback is false"
+            raise ValueError(
+                f"error_decay={self.error_decay:g} is of what compression leaves over, but {because}; remove it"
+            )
         return self

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from penstock._core.suggest import unknown_name
-from penstock.compression import DeMo, MuonAdamW, OneBitAdam, OneBitLamb, ZeroOneAdam
+from penstock.compression import DeMo, MuonAdamW, OneBitAdam, OneBitLamb, ParameterRules, ZeroOneAdam
 from penstock.runtime.config_sections import Section, one_of
 
 _CLASSES: Final[dict[str, type[Optimizer]]] = {
@@ -23,6 +23,7 @@ _CLASSES: Final[dict[str, type[Optimizer]]] = {
 OPTIMIZERS: Final = tuple(_CLASSES)
 _OWNS_EXCHANGE: Final = frozenset({"demo", "onebit_adam", "onebit_lamb", "zero_one_adam"})
 """Optimizers that communicate over the replicas themselves, so that no averaged gradient exists."""
+_HAS_RULES: Final = frozenset({"onebit_adam", "onebit_lamb", "zero_one_adam"})
 _FREEZES: Final = frozenset({"onebit_adam", "onebit_lamb"})
 _SET_BY_THE_RUN: Final = {
     "self": None,
@@ -32,6 +33,8 @@ _SET_BY_THE_RUN: Final = {
     "eps": "optimizer.eps",
     "weight_decay": "optimizer.weight_decay",
     "freeze_step": "optimizer.freeze_step",
+    "rules": "optimizer.full_precision and optimizer.min_dimensions",
+    "masks": "what makes an optimizer of one's own, initialize(optimizer=...)",
     "group": "data_parallel",
     "meter": "the run",
     "watcher": "the run",
@@ -49,6 +52,9 @@ class OptimizerSection(Section):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay.
         freeze_step: Steps of warm-up after which ``onebit_adam`` and ``onebit_lamb`` freeze the second moment.
+        full_precision: Patterns of parameter names whose momentum goes uncompressed, for example ``["*embed*"]``; for
+            ``onebit_adam``, ``zero_one_adam`` and ``onebit_lamb``.
+        min_dimensions: For these, parameters with fewer axes go uncompressed: 2 leaves out norms and biases.
         gradient_clipping: Largest global norm of the gradient; None does not clip.
         post_validation: Whether to step before the gradient's global norm is known, and to take the step back where it
             was wrong; for ``adamw`` under a pipeline. The result is the same.
@@ -61,6 +67,8 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     freeze_step: int | None = Field(default=None, ge=1)
+    full_precision: list[str] = Field(default_factory=list)
+    min_dimensions: int = Field(default=0, ge=0)
     gradient_clipping: float | None = Field(default=None, gt=0)
     post_validation: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
@@ -72,13 +80,22 @@ class OptimizerSection(Section):
         """Whether the optimizer communicates over the replicas itself."""
         return self.name in _OWNS_EXCHANGE
 
+    @property
+    def rules(self) -> ParameterRules | None:
+        """Which parameters' momentum goes uncompressed; None if all is compressed."""
+        if not self.full_precision and not self.min_dimensions:
+            return None
+        return ParameterRules(tuple(self.full_precision), self.min_dimensions)
+
     def create(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """The optimizer over parameter groups."""
+        """The optimizer over parameter groups, of named parameters if there are :attr:`rules`."""
         arguments: dict[str, Any] = {"lr": self.lr}
         if self.name != "demo":
             arguments |= {"betas": self.betas, "eps": self.eps}
         if self.freeze_step is not None:
             arguments["freeze_step"] = self.freeze_step
+        if self.rules is not None:
+            arguments["rules"] = self.rules
         return _CLASSES[self.name](groups, **arguments, **self.options)
 
     @model_validator(mode="after")
@@ -98,6 +115,14 @@ class OptimizerSection(Section):
             instead = "options: {var_freeze_step: ...}" if self.name == "zero_one_adam" else "name: onebit_adam"
             raise ValueError(
                 f"freeze_step={self.freeze_step} has no meaning for {self.name}; remove it, or take {instead}"
+            )
+        if self.rules is not None and self.name not in _HAS_RULES:
+            given = f"full_precision={self.full_precision} and min_dimensions={self.min_dimensions}"
+            raise ValueError(
+                f"optimizer.{given} say whose momentum goes uncompressed, but {self.name} "
+                + ("sends a part of each only" if self.owns_exchange else "sends none")
+                + "; remove them"
+                + ("" if self.owns_exchange else ", or set them in the section compression, for gradients")
             )
         if self.owns_exchange and self.gradient_clipping is not None:
             raise ValueError(
@@ -123,4 +148,4 @@ class OptimizerSection(Section):
                 raise ValueError(
                     unknown_name(f"option of {self.name}:", key, [k for k in known if k not in _SET_BY_THE_RUN])
                 )
-        self.create([{"params": [nn.Parameter(torch.zeros(1))]}])  # refuses values that are out of range
+        self.create([{"params": [("any", nn.Parameter(torch.zeros(1)))]}])  # refuses values that are out of range

@@ -24,6 +24,7 @@ def parameter_groups(
     *,
     weight_decay: float | None = None,
     muon: Collection[int] | None = None,
+    named: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer.
 
@@ -36,25 +37,30 @@ def parameter_groups(
         shared: Copies of parameters that other stages hold too, in the same order on all of them.
         weight_decay: Decay of the matrices; None leaves decay to the optimizer and does not split by dimension.
         muon: ``id()`` of the parameters that Muon is to step; None for an optimizer that treats all alike.
+        named: Give torch the names, too.
 
     Returns:
-        Dicts with ``params`` and, if asked for, ``weight_decay`` and ``muon``; empty groups are left out.
+        Dicts with ``params`` (named ones as pairs) and, if asked for, ``weight_decay`` and ``muon``; empty groups are
+        left out.
     """
     groups: list[dict[str, Any]] = []
-    for named in (own, *([pair] for pair in shared)):
-        parameters = [parameter for _, parameter in named if parameter.requires_grad]
+    for pairs in (own, *([pair] for pair in shared)):
+        trained = [pair for pair in pairs if pair[1].requires_grad]
         if weight_decay is None:
-            groups.append({"params": parameters})
+            groups.append({"params": trained})
             continue
-        matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-        vectors = [parameter for parameter in parameters if parameter.dim() < 2]
+        matrices = [pair for pair in trained if pair[1].dim() >= 2]
+        vectors = [pair for pair in trained if pair[1].dim() < 2]
         if muon is None:
             groups.append({"params": matrices, "weight_decay": weight_decay})
         else:
             for mark in (True, False):
-                marked = [parameter for parameter in matrices if (id(parameter) in muon) is mark]
+                marked = [pair for pair in matrices if (id(pair[1]) in muon) is mark]
                 groups.append({"params": marked, "weight_decay": weight_decay, "muon": mark})
         groups.append({"params": vectors, "weight_decay": 0.0, **({} if muon is None else {"muon": False})})
+    if not named:
+        for group in groups:
+            group["params"] = [parameter for _, parameter in group["params"]]
     return [group for group in groups if group["params"]]
 
 

@@ -138,7 +138,8 @@ def _built(stage: Stage, section: OptimizerSection) -> Optimizer | None:
         return None
     muon = None
     if section.owns_exchange:  # it steps only among replicas; its momenta are those of Adam
-        section = section.model_copy(update={"name": "adamw", "freeze_step": None, "options": {}})
+        unlike: dict[str, Any] = {"freeze_step": None, "options": {}, "full_precision": [], "min_dimensions": 0}
+        section = section.model_copy(update={"name": "adamw", **unlike})
     elif section.name == "muon":
         muon = {id(p) for name, p in named if p.dim() == 2}
     built = section.create(parameter_groups(named, [], weight_decay=section.weight_decay, muon=muon))

@@ -15,7 +15,7 @@ _LANES: Final = 64
 
 def as_flat(tensor: Tensor) -> Tensor:
     """Contiguous, one axis, float32 or float64."""
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().reshape(-1).contiguous()  # what is strided or expanded may be a view until then
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
 
 

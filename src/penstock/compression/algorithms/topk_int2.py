@@ -50,9 +50,10 @@ class TopKInt2(TopKByChunk):
         row = 0
         for first, rows, keep in parts:
             sizes = values[first : first + rows * keep].view(rows, keep).abs()
-            above = (sizes > sizes.mean(dim=1, keepdim=True)).to(sizes.dtype)
+            # A mean of equal numbers may be rounded to below all of them; the smallest is never above.
+            middle = torch.maximum(sizes.mean(dim=1, keepdim=True), sizes.amin(dim=1, keepdim=True))
+            above = (sizes > middle).to(sizes.dtype)
             count = above.sum(dim=1)
-            # Where the sizes are equal none is above; where they are not, some are and some are not.
             magnitudes[row : row + rows, 0] = (sizes * (1 - above)).sum(dim=1) / (keep - count)
             magnitudes[row : row + rows, 1] = (sizes * above).sum(dim=1) / count.clamp(min=1)
             large[first : first + rows * keep] = above.view(-1)

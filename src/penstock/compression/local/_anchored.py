@@ -7,9 +7,8 @@ from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import Bucket
-from penstock.compression.chunks import chunk_bounds
 from penstock.compression.error_memory import ErrorMemory
-from penstock.compression.group import rank_in, ranks_of
+from penstock.compression.group import ranks_of
 from penstock.compression.local.outer_step import OuterStep
 from penstock.compression.reduction import LocalReduction, Reduction, make_reduction
 
@@ -33,7 +32,7 @@ class AnchoredBucket:
         momentum: Of the outer step; None without.
         exchanged: This replica's way before an exchange, the mean of all after it.
         memory: The error memories; None where nothing is lost.
-        chunk_start: Where the part of the buffer starts that this replica sums.
+        replicas: How many there are.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class AnchoredBucket:
         self.momentum_views = [] if self.momentum is None else layout.views(self.momentum)
         self.exchanged = layout.new_flat()
         self.memory: ErrorMemory | None = None
-        self.chunk_start = 0
         self._views = layout.views(self.exchanged)
         self._gaps = layout.gaps(self.exchanged)
         self._outer = outer
@@ -64,10 +62,10 @@ class AnchoredBucket:
         lossless = algorithm is None or algorithm.lossless
         # The mean of the parameters themselves is exact on one replica; anchor minus the mean way is not.
         self._averages = outer.is_average and (lossless or alone)
+        self.replicas = 1 if alone else ranks_of(group)
         self._reduction: Reduction = LocalReduction()
         if alone:
             return
-        self.chunk_start = chunk_bounds(layout.numel, ranks_of(group))[rank_in(group)][0]
         if error_feedback and not lossless:
             self.memory = ErrorMemory.for_tensor(self.exchanged, group, algorithm=algorithm, parts=layout.parts)
         self._reduction = make_reduction(

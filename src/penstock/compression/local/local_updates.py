@@ -286,8 +286,9 @@ class LocalUpdates:
             As for :meth:`load_rank_state`.
         """
         owed = [_memories_in(state) for state in states]
-        starts = {f"bucket_{index:03d}": bucket.chunk_start for index, bucket in enumerate(self._buckets)}
-        return self.load_rank_state({_STEP: states[0][_STEP], **rechunked(owed, self._memories(), starts)})
+        memories = {f"bucket_{i:03d}": b.memory for i, b in enumerate(self._buckets) if b.memory is not None}
+        replicas = self._buckets[0].replicas if self._buckets else 1
+        return self.load_rank_state({_STEP: states[0][_STEP], **rechunked(owed, memories, replicas=replicas)})
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, but for the parameters and the optimizer, which have state dicts of their own; not copies.

@@ -1,6 +1,6 @@
 """The flat buffers of one bucket of parameters under an optimizer that communicates by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -11,9 +11,10 @@ from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import Bucket
-from penstock.compression.chunks import Part, chunk_bounds
+from penstock.compression.chunks import Part
 from penstock.compression.error_memory import ErrorMemory
-from penstock.compression.group import rank_in, ranks_of
+from penstock.compression.group import ranks_of
+from penstock.compression.masks import flat_mask
 from penstock.compression.reduction import LocalReduction, Reduction, make_reduction
 
 MASTER: Final = "master"
@@ -69,6 +70,7 @@ class FlatBucket:
         states: Names of the element-wise states, a buffer of zeros each.
         masters: Keep a copy of the parameters, under :data:`MASTER`, even if they are not half-precision.
         compress_alone: Compress with a memory on one replica, too.
+        masks: By parameter name, where a gradient may ever be.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
 
@@ -77,7 +79,7 @@ class FlatBucket:
         exchanged: The buffer that reductions work on.
         weights: What updates are made to: each parameter, or its view into the masters.
         memory: The error memories; None on one replica and for lossless algorithms.
-        chunk_start: Where the part of the buffer starts that this replica sums.
+        replicas: How many there are.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class FlatBucket:
         states: Sequence[str],
         masters: bool = False,
         compress_alone: bool = False,
+        masks: Mapping[str, Tensor] | None = None,
         meter: Meter | None,
         watcher: Watcher | None,
     ) -> None:
@@ -106,6 +109,10 @@ class FlatBucket:
         self._gaps = layout.gaps(self.exchanged)
         self._algorithm = algorithm
         self._compress_alone = compress_alone
+        self._mask: Tensor | None = None
+        if masks and not algorithm.lossless:
+            ones = layout.new_flat()
+            self._mask = flat_mask(ones, layout.names, layout.views(ones), masks)
         self.bind(group, alone=ranks_of(group) == 1, meter=meter, watcher=watcher)
 
     def bind(
@@ -120,7 +127,7 @@ class FlatBucket:
             watcher: Bounds the waits.
         """
         self.memory: ErrorMemory | None = None
-        self.chunk_start = 0 if alone else chunk_bounds(self.layout.numel, ranks_of(group))[rank_in(group)][0]
+        self.replicas = 1 if alone else ranks_of(group)
         self._plain: Reduction = LocalReduction()
         self._compressed: Reduction = LocalReduction()
         if alone and not self._compress_alone:
@@ -176,6 +183,14 @@ class FlatBucket:
                 raise ValueError(f"{name} has a sparse gradient; make its embedding with sparse=False")
             else:
                 view.copy_(parameter.grad)
+
+    def cut_off(self) -> None:
+        """What compression made where no gradient ever is goes, from the exchange buffer and the memories."""
+        if self._mask is None:
+            return
+        self.exchanged.mul_(self._mask)
+        if self.memory is not None:
+            self.memory.cut_off(self._mask)
 
     def exchanged_is_finite(self) -> bool:
         """Whether the buffer holds neither NaN nor infinity."""

@@ -13,12 +13,15 @@ from torch.optim import Optimizer
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
 from penstock.compression.algorithm import CompressionAlgorithm
-from penstock.compression.buckets import make_buckets
+from penstock.compression.algorithms.none import NoCompression
+from penstock.compression.buckets import NamedParameter, make_buckets
 from penstock.compression.error_feedback import memory_dtype
 from penstock.compression.error_memory import empty_memories
+from penstock.compression.masks import check_masks
 from penstock.compression.optim._bucket import MASTER, FlatBucket
 from penstock.compression.rechunk import rechunked
 from penstock.compression.registry import create_compression_algorithm
+from penstock.compression.rules import ParameterRules, split_by
 from penstock.compression.same_start import check_same_start
 
 _log = logging.getLogger(__name__)
@@ -35,6 +38,9 @@ class ExchangingOptimizer(Optimizer, ABC):
         compress_alone: Compress with a memory on one replica, too.
         group: The replicas; None is the default group, or one replica where there is none.
         algorithm: Compressor, or its registered name; None is ``onebit``.
+        rules: Which parameters are exchanged uncompressed, in buckets of their own; None compresses all.
+        masks: By parameter name, where a gradient may ever be (True), of the parameter's shape or one that broadcasts
+            to it.
         bucket_bytes: Target size of a bucket.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -52,6 +58,8 @@ class ExchangingOptimizer(Optimizer, ABC):
         compress_alone: bool = False,
         group: dist.ProcessGroup | None,
         algorithm: CompressionAlgorithm | str | None,
+        rules: ParameterRules | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         bucket_bytes: int,
         meter: Meter | None,
         watcher: Watcher | None,
@@ -60,29 +68,29 @@ class ExchangingOptimizer(Optimizer, ABC):
         super().__init__(params, defaults)
         for param_group in self.param_groups:
             self._check_group(param_group)
-        layouts = make_buckets(
-            [
-                [(f"group {g}, parameter {i}", p) for i, p in enumerate(param_group["params"])]
-                for g, param_group in enumerate(self.param_groups)
-            ],
-            bucket_bytes=bucket_bytes,
-            flat_dtype=memory_dtype,
-            reverse=False,
-        )
         named = "onebit" if algorithm is None else algorithm
         compressor = create_compression_algorithm(named) if isinstance(named, str) else named
+        sets = self._named_parameters(rules, masks)
+        check_masks(masks or {}, {name for of_group in sets for name, _ in of_group})
+        split = [split_by(rules, of_group) for of_group in sets]
+        planned = [
+            (layout, chosen)
+            for parts, chosen in zip(zip(*split, strict=True), (compressor, NoCompression()), strict=True)
+            for layout in make_buckets(parts, bucket_bytes=bucket_bytes, flat_dtype=memory_dtype, reverse=False)
+        ]
         self._buckets = [
             FlatBucket(
                 layout,
-                compressor,
+                chosen,
                 group,
                 states=states,
                 masters=masters,
                 compress_alone=compress_alone,
+                masks=masks,
                 meter=meter,
                 watcher=watcher,
             )
-            for layout in layouts
+            for layout, chosen in planned
         ]
         self._check_start: Callable[[], None] | None = self._start_check(group, meter, watcher)
         self._expose_state()
@@ -186,10 +194,7 @@ class ExchangingOptimizer(Optimizer, ABC):
         return True
 
     def load_error_states(self, states: Sequence[Mapping[str, Any]]) -> bool:
-        """Take over what another number of replicas owed, all in all the same.
-
-        Each new replica gets the mean of the old ones' worker memories, and its chunk of the old server memories, so
-        that what is still owed to the average is what it was.
+        """Take over what another number of replicas owed: what is still owed to the average is what it was.
 
         Args:
             states: :meth:`error_state` of every old replica, in the order of the ranks.
@@ -197,7 +202,10 @@ class ExchangingOptimizer(Optimizer, ABC):
         Returns:
             As for :meth:`load_error_state`.
         """
-        return self.load_error_state(rechunked(states, ExchangingOptimizer.error_state(self), self._chunk_starts()))
+        buckets = self._all_buckets()
+        memories = {f"bucket_{i:03d}": bucket.memory for i, bucket in enumerate(buckets) if bucket.memory is not None}
+        replicas = buckets[0].replicas if buckets else 1
+        return self.load_error_state(rechunked(states, memories, replicas=replicas))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -245,6 +253,25 @@ class ExchangingOptimizer(Optimizer, ABC):
             if not parameter.is_floating_point():
                 raise ValueError(f"{type(self).__name__} takes real floating parameters, got {parameter.dtype}")
 
+    def _named_parameters(
+        self, rules: ParameterRules | None, masks: Mapping[str, Tensor] | None
+    ) -> list[list[NamedParameter]]:
+        """Each group's parameters with their names, or places where the user gave none."""
+        if (masks or (rules is not None and rules.full_precision)) and any(
+            "param_names" not in param_group for param_group in self.param_groups if param_group["params"]
+        ):
+            raise ValueError(
+                "rules.full_precision and masks go by parameters' names, which this optimizer was not given; make it "
+                f"of named parameters: {type(self).__name__}(model.named_parameters(), ...)"
+            )
+        return [
+            [
+                (param_group["param_names"][i] if "param_names" in param_group else f"group {g}, parameter {i}", p)
+                for i, p in enumerate(param_group["params"])
+            ]
+            for g, param_group in enumerate(self.param_groups)
+        ]
+
     def _start_check(
         self, group: dist.ProcessGroup | None, meter: Meter | None, watcher: Watcher | None
     ) -> Callable[[], None]:
@@ -285,6 +312,8 @@ class ExchangingOptimizer(Optimizer, ABC):
             reduction.advance()
         for reduction in reductions:
             reduction.wait()
+        for bucket in buckets:
+            bucket.cut_off()
 
     def _refuse_non_finite(self, step: int, standing: str = "parameters and moments are as before this step") -> None:
         # The exchanged values have the same bits on every replica, so all of them raise or none does.
@@ -305,14 +334,6 @@ class ExchangingOptimizer(Optimizer, ABC):
     def _all_buckets(self) -> list[FlatBucket]:
         assert self._buckets is not None
         return self._buckets
-
-    def _chunk_starts(self) -> dict[str, int]:
-        """Where this rank's chunk of each bucket starts."""
-        return {
-            f"bucket_{index:03d}": bucket.chunk_start
-            for index, bucket in enumerate(self._all_buckets())
-            if bucket.memory is not None
-        }
 
     def _steps_done(self) -> int:
         first = next(iter(self.state.values()))  # all count alike; a group may be empty, the optimizer may not

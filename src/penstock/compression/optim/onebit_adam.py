@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
@@ -20,6 +21,7 @@ from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import DEFAULT_BUCKET_BYTES
 from penstock.compression.optim._bucket import Denominator, FlatBucket, accept_gradient
 from penstock.compression.optim._exchanging import ExchangingOptimizer
+from penstock.compression.rules import ParameterRules
 
 
 class OneBitAdam(ExchangingOptimizer):
@@ -53,6 +55,10 @@ class OneBitAdam(ExchangingOptimizer):
         variance_floor: See above; in [0, 1].
         group: The replicas; None is the default group, or one replica where there is none.
         algorithm: Compressor of the momentum, or its registered name; None is ``onebit``.
+        rules: Which parameters' momentum is exchanged uncompressed, in buckets of their own; None compresses all.
+            Patterns go by name: give ``model.named_parameters()``.
+        masks: By parameter name, where a gradient may ever be (True), of the parameter's shape or one that broadcasts
+            to it, ``[rows, 1]`` for rows: elsewhere compression would make one of its scale, which is cut off.
         bucket_bytes: Target size of a bucket.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -74,6 +80,8 @@ class OneBitAdam(ExchangingOptimizer):
         variance_floor: float = 0.05,
         group: dist.ProcessGroup | None = None,
         algorithm: CompressionAlgorithm | str | None = None,
+        rules: ParameterRules | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
@@ -88,6 +96,8 @@ class OneBitAdam(ExchangingOptimizer):
             states=("exp_avg", "exp_avg_sq"),
             group=group,
             algorithm=algorithm,
+            rules=rules,
+            masks=masks,
             bucket_bytes=bucket_bytes,
             meter=meter,
             watcher=watcher,

@@ -25,6 +25,7 @@ from penstock.compression.buckets import DEFAULT_BUCKET_BYTES
 from penstock.compression.optim._bucket import Denominator, FlatBucket, accept_gradient
 from penstock.compression.optim._exchanging import ExchangingOptimizer
 from penstock.compression.optim.onebit_adam import check_freeze
+from penstock.compression.rules import ParameterRules
 
 _MOMENTUM, _VARIANCE, _FRESH = "exp_avg", "exp_avg_sq", "exp_avg_sq_fresh"
 _AVERAGE, _FACTOR, _SCALE = "coeff_average", "last_factor", "momentum_scale"
@@ -56,6 +57,10 @@ class OneBitLamb(ExchangingOptimizer):
         variance_floor: Floor under the frozen variance's root; see :class:`OneBitAdam`.
         group: The replicas; None is the default group, or one replica where there is none.
         algorithm: Compressor of the momentum, or its registered name; None is ``onebit``.
+        rules: Which parameters' momentum is exchanged uncompressed, in buckets of their own; None compresses all.
+            Patterns go by name: give ``model.named_parameters()``.
+        masks: By parameter name, where a gradient may ever be (True), of the parameter's shape or one that broadcasts
+            to it, ``[rows, 1]`` for rows: elsewhere compression would make one of its scale, which is cut off.
         bucket_bytes: Target size of a bucket.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -83,6 +88,8 @@ class OneBitLamb(ExchangingOptimizer):
         variance_floor: float = 0.05,
         group: dist.ProcessGroup | None = None,
         algorithm: CompressionAlgorithm | str | None = None,
+        rules: ParameterRules | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
@@ -109,6 +116,8 @@ class OneBitLamb(ExchangingOptimizer):
             states=(_MOMENTUM, _VARIANCE, _FRESH),
             group=group,
             algorithm=algorithm,
+            rules=rules,
+            masks=masks,
             bucket_bytes=bucket_bytes,
             meter=meter,
             watcher=watcher,

@@ -16,7 +16,7 @@ gradient, which is there uncompressed, so nothing else needs to be sent.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,10 @@ from penstock.compression.optim._bucket import Denominator, FlatBucket, accept_g
 from penstock.compression.optim._exchanging import ExchangingOptimizer
 from penstock.compression.optim.onebit_adam import check_freeze
 from penstock.compression.optim.zero_one_schedule import ZeroOneSchedule
+from penstock.compression.rules import ParameterRules
 
-_MOVED, _MOMENTUM, _RATES = "moved", "exp_avg", "rates"
+_MOVED, _MOMENTUM, _RATES, _STEPS = "moved", "exp_avg", "rates", "steps"
+_OF_A_ROUND: Final = (_MOVED, _MOMENTUM, _RATES, _STEPS)
 
 
 class ZeroOneAdam(ExchangingOptimizer):
@@ -60,6 +62,10 @@ class ZeroOneAdam(ExchangingOptimizer):
         variance_floor: Floor under the variance's root where momentum is compressed; see :class:`OneBitAdam`.
         group: The replicas; None is the default group, or one replica where there is none.
         algorithm: Compressor of the momentum, or its registered name; None is ``onebit``.
+        rules: Which parameters' momentum is exchanged uncompressed, in buckets of their own; None compresses all.
+            Patterns go by name: give ``model.named_parameters()``.
+        masks: By parameter name, where a gradient may ever be (True), of the parameter's shape or one that broadcasts
+            to it, ``[rows, 1]`` for rows: elsewhere compression would make one of its scale, which is cut off.
         bucket_bytes: Target size of a bucket.
         meter: Counts bytes and waiting seconds.
         watcher: Bounds the waits.
@@ -87,6 +93,8 @@ class ZeroOneAdam(ExchangingOptimizer):
         variance_floor: float = 0.05,
         group: dist.ProcessGroup | None = None,
         algorithm: CompressionAlgorithm | str | None = None,
+        rules: ParameterRules | None = None,
+        masks: Mapping[str, Tensor] | None = None,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         meter: Meter | None = None,
         watcher: Watcher | None = None,
@@ -102,6 +110,8 @@ class ZeroOneAdam(ExchangingOptimizer):
             masters=True,
             group=group,
             algorithm=algorithm,
+            rules=rules,
+            masks=masks,
             bucket_bytes=bucket_bytes,
             meter=meter,
             watcher=watcher,
@@ -115,8 +125,8 @@ class ZeroOneAdam(ExchangingOptimizer):
 
     @property
     def in_round(self) -> bool:
-        """Whether the replicas' parameters differ now."""
-        return any(part.rates for part in self._rounds)
+        """Whether the replicas have stepped by themselves since the last exchange, so that they differ now."""
+        return any(part.steps for part in self._rounds)
 
     def _advance(self, step: int) -> None:
         if self.schedule.updates_variance(step):
@@ -137,7 +147,7 @@ class ZeroOneAdam(ExchangingOptimizer):
         if not self.in_round:
             return
         step = self._steps_done()
-        self._end_round(step)
+        self._end_round(step, undoable=False)
         for part in self._rounds:
             self._meet(part, step)
 
@@ -146,7 +156,7 @@ class ZeroOneAdam(ExchangingOptimizer):
         """Within it the parameters are those on which all replicas agree: as of the last exchange."""
         with torch.no_grad():
             for part in self._rounds:
-                if not part.rates:
+                if not part.steps:
                     part.bucket.adopt_parameters()
                 part.bucket.publish()
         try:
@@ -161,6 +171,7 @@ class ZeroOneAdam(ExchangingOptimizer):
         state = super().error_state()
         if self.in_round:
             state[_RATES] = [part.rates for part in self._rounds]
+            state[_STEPS] = [part.steps for part in self._rounds]
             for index, part in enumerate(self._rounds):
                 state[f"bucket_{index:03d}.{_MOVED}"] = part.bucket.exchanged
                 state[f"bucket_{index:03d}.{_MOMENTUM}"] = part.momentum
@@ -173,15 +184,17 @@ class ZeroOneAdam(ExchangingOptimizer):
         Returns:
             False if it belongs to another layout: then memories start from zero and the round from the last exchange.
         """
-        local = {name: value for name, value in state.items() if name.endswith((_MOVED, _MOMENTUM, _RATES))}
+        local = {name: value for name, value in state.items() if name.endswith(_OF_A_ROUND)}
         fits = super().load_error_state({name: value for name, value in state.items() if name not in local})
-        rates = list(local.get(_RATES, []))
-        in_round = fits and len(rates) == len(self._rounds)
+        rates, steps = list(local.get(_RATES, [])), list(local.get(_STEPS, []))
+        in_round = fits and len(rates) == len(steps) == len(self._rounds)
         for index, part in enumerate(self._rounds):
             part.rates = float(rates[index]) if in_round else 0.0
+            part.steps = int(steps[index]) if in_round else 0
             if in_round:
                 part.bucket.exchanged.copy_(local[f"bucket_{index:03d}.{_MOVED}"])
                 part.momentum.copy_(local[f"bucket_{index:03d}.{_MOMENTUM}"])
+                part.new_momentum.copy_(part.momentum)
             self._place(part, self._steps_done())
         if in_round:
             self._check_start = None  # the replicas go on apart
@@ -190,10 +203,7 @@ class ZeroOneAdam(ExchangingOptimizer):
     def load_error_states(self, states: Sequence[Mapping[str, Any]]) -> bool:
         """Take over what another number of replicas owed; a round that they were in begins anew."""
         return super().load_error_states(
-            [
-                {name: value for name, value in state.items() if not name.endswith((_MOVED, _MOMENTUM, _RATES))}
-                for state in states
-            ]
+            [{name: value for name, value in state.items() if not name.endswith(_OF_A_ROUND)} for state in states]
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,7 +217,7 @@ class ZeroOneAdam(ExchangingOptimizer):
         super().load_state_dict(state_dict)
         with torch.no_grad():
             for part in self._rounds:
-                part.rates = 0.0
+                part.rates, part.steps = 0.0, 0
                 part.bucket.publish()
 
     def _adam_step(self, step: int) -> None:
@@ -231,7 +241,7 @@ class ZeroOneAdam(ExchangingOptimizer):
             rate, shrink = self._rate(self._group_of(part.bucket), step)
             part.move(rate, shrink, beta1=self._group_of(part.bucket)["betas"][0])
         if self.schedule.exchanges(step):
-            self._end_round(step)
+            self._end_round(step, undoable=all(part.steps == 1 for part in self._rounds))
         for part in self._rounds:
             part.shrink(self._rate(self._group_of(part.bucket), step)[1])
             if self.schedule.exchanges(step):
@@ -246,32 +256,40 @@ class ZeroOneAdam(ExchangingOptimizer):
         part.end()
         part.bucket.publish()
 
-    def _end_round(self, step: int) -> None:
-        """Average what the replicas have moved."""
-        # While no rate of a group was positive nothing of it has moved; its momentum is then averaged as it is.
+    def _end_round(self, step: int, *, undoable: bool) -> None:
+        """Average what the replicas have moved.
+
+        Args:
+            step: Counted from 1.
+            undoable: The round is of this one step, of which parameters and moments know nothing yet.
+
+        Raises:
+            FloatingPointError: Something of it is not finite.
+        """
+        # While no rate of a group was positive nothing of it has moved; its momentum is then averaged as it is, and
+        # uncompressed, because error memories are in units of what moves.
         moved = [bool(part.rates) for part in self._rounds]
         for part in self._rounds:
             if not part.rates:
                 part.bucket.exchanged.copy_(part.new_momentum)
         self._exchange(compressed=moved)
-        one_step = all(part.steps == 1 for part in self._rounds)
-        if one_step:
+        if undoable:
             rates = [part.rates for part in self._rounds]
             for part in self._rounds:
-                part.rates = 0.0  # if it is refused now, there was no round
+                part.rates, part.steps = 0.0, 0  # if it is refused now, there was no round
         self._refuse_non_finite(
             step,
             "parameters and moments are as before this step"
-            if one_step
+            if undoable
             else "the replicas have gone apart since the last exchange: go back to a checkpoint",
         )
-        if one_step:
+        if undoable:
             for part, rate in zip(self._rounds, rates, strict=True):
-                part.rates = rate
+                part.rates, part.steps = rate, 1
 
     def _place(self, part: "_Round", step: int) -> None:
         """Put the parameters where this replica has moved to from the common ones."""
-        if not part.rates:
+        if not part.steps:
             return
         self._freeze(part, step)
         bucket = part.bucket
@@ -304,8 +322,9 @@ class _Round:
     Its exchange buffer holds what this replica has moved, times the denominator.
 
     Attributes:
-        rates: Sum of the rates in this round, shrunk by weight decay as what was moved is; 0 between rounds.
-        steps: Steps in this round.
+        rates: Sum of the rates in this round, shrunk by weight decay as what was moved is; 0 between rounds, and until
+            a rate is positive.
+        steps: Steps in this round; 0 between rounds.
         new_momentum: This replica's momentum after its own gradient of this step, ``[numel]``.
     """
 
@@ -322,10 +341,9 @@ class _Round:
         """Take this replica's own step."""
         self.bucket.copy_gradients(self._gradient_views)
         torch.lerp(self.momentum, self.new_momentum, 1 - beta1, out=self.new_momentum)
-        if not self.rates:
+        if not self.steps:
             self.bucket.adopt_parameters()
             self.bucket.exchanged.zero_()
-            self.steps = 0
         elif shrink != 1.0:
             self.bucket.exchanged.mul_(shrink)
         self.bucket.exchanged.add_(self.new_momentum, alpha=rate)
@@ -350,4 +368,4 @@ class _Round:
         if self.rates:
             self.step(self.bucket.exchanged_views, 1.0)
         torch.div(self.bucket.exchanged, self.rates or 1.0, out=self.momentum)
-        self.rates = 0.0
+        self.rates, self.steps = 0.0, 0

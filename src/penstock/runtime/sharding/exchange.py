@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from penstock._core.protocols import GradientExchange, Undoable
+from penstock._core.protocols import GradientExchange, TakesDebts, Undoable
 from penstock._core.sharded import here, is_sharded
 from penstock.compression.sharded import CompressedReduceScatter
 from penstock.pipe.stage import Stage
@@ -56,6 +56,8 @@ class ShardedGradients:
         """Let gradients add up locally until :meth:`arm`."""
         self._weight = weight
         self._whole.begin_step(weight)
+        for scatter in self._compressed.values():
+            scatter.settle()
         for root in self._roots:
             _reduce_in_backward(root, False)
 
@@ -117,6 +119,40 @@ class ShardedGradients:
         Raises:
             ValueError: The state has memories of other layers.
         """
+        whole, by_layer = self._parted(state)
+        self._step = int(state.get("step", 0))  # a run that did not compress had no need to count
+        for name, scatter in self._compressed.items():
+            scatter.load_state_dict({"step": self._step, **by_layer[name]})
+        self._whole.load_state_dict(whole)
+
+    def load_debts(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Take over what another number of replicas owed: the sum of all memories stays what it was.
+
+        Args:
+            states: What :meth:`state_dict` gave on each of the old replicas, in rank order.
+
+        Returns:
+            Whether all memories belong to these layers; those that do not start empty.
+
+        Raises:
+            ValueError: The states have memories of other layers.
+        """
+        self._step = int(states[0].get("step", 0))
+        parted = [self._parted(state) for state in states]
+        whole = [of_whole for of_whole, _ in parted]
+        fits = True
+        if isinstance(self._whole, TakesDebts):
+            fits = self._whole.load_debts(whole)
+        for name, scatter in self._compressed.items():
+            fits &= scatter.load_debts([{**by_layer[name], "step": self._step} for _, by_layer in parted])
+        return fits
+
+    def _parted(self, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """What of a state belongs to the exchange of whole parameters, and what to each layer.
+
+        Raises:
+            ValueError: The state has memories of other layers.
+        """
         whole = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
         by_layer: dict[str, dict[str, Any]] = {name: {} for name in self._compressed}
         for name in state.keys() - whole.keys():
@@ -128,12 +164,9 @@ class ShardedGradients:
                 f"the saved error memories are of {len(strangers)} layers ({', '.join(strangers[:3])}, ...), whose "
                 "gradients go uncompressed here; resume with the compression that the checkpoint was written with"
             )
-        self._step = int(state.get("step", 0))  # a run that did not compress had no need to count
-        for name, scatter in self._compressed.items():
-            scatter.load_state_dict({"step": self._step, **by_layer[name]})
         if "step" not in self._whole.state_dict():
             whole.pop("step", None)
-        self._whole.load_state_dict(whole)
+        return whole, by_layer
 
     def _about_to_reduce(self, parameters: Iterable[nn.Parameter]) -> list[FSDPModule]:
         """The stages that hold some divided parameters, each once; what compresses is told of the step."""

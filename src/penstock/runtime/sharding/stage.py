@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
-from penstock.compression.sharded import CompressedReduceScatter
+from penstock.compression.sharded import CompressedAllGather, CompressedReduceScatter, install
 from penstock.pipe.stage import Stage
 from penstock.runtime.sharding.communication import GatherParameters, ScatterGradients
 
@@ -19,6 +19,7 @@ def shard_stage(
     mesh: DeviceMesh,
     reshard_after_forward: bool,
     compress: Callable[[], CompressedReduceScatter] | None = None,
+    gather: Callable[[], CompressedAllGather] | None = None,
     meter: Meter,
     watcher: Watcher,
 ) -> dict[str, CompressedReduceScatter]:
@@ -35,6 +36,7 @@ def shard_stage(
             its backward pass: less memory, and an all-gather for every pass of every micro-batch. Otherwise they stay
             until the step's last backward pass.
         compress: Makes what reduces a layer's gradients; None reduces them as they are.
+        gather: Makes what gathers a layer's parameters; None gathers them as they are.
         meter: Counts the bytes (``replicas``).
         watcher: Told of the waits.
 
@@ -52,10 +54,13 @@ def shard_stage(
             # Gradients are scaled by the weight of their micro-batches, not by the number of replicas.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            module.set_custom_all_gather(GatherParameters(meter, watcher, stage.index))
+            if gather is None:
+                module.set_custom_all_gather(GatherParameters(meter, watcher, stage.index))
+            else:
+                module.set_custom_all_gather(gather())  # type: ignore[arg-type]
             if compress is None:
                 module.set_custom_reduce_scatter(ScatterGradients(meter, watcher, stage.index))
             else:
                 compressed[f"stage_{stage.index}.{name}"] = scatter = compress()
-                module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
+                install(module, scatter)
     return compressed
