@@ -13,7 +13,7 @@ finishes them all. So many buckets are in flight and every rank issues the same 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,8 @@ else:  # a compiled type: torch.distributed exports it at run time, and DDP chec
     GradBucket = dist.GradBucket
 
 _log = logging.getLogger(__name__)
+_WAITING: Final = "waiting."
+"""Before the name of a bucket's memories that were loaded, while DDP shows another bucket in its place."""
 
 
 class DDPCompression:
@@ -165,14 +167,19 @@ class DDPCompression:
         return future
 
     def state_dict(self) -> dict[str, Any]:
-        """The step count and, for each bucket, its error memories and the numbers of its parameters."""
+        """The step count and, for each bucket, its error memories and the numbers of its parameters.
+
+        With what was loaded and waits for its bucket still.
+        """
         state: dict[str, Any] = {"step": self.step}
-        waiting = {name.partition(".")[0] for name in self._loaded}
         for index, slot in sorted(self._slots.items()):
-            if slot.memory is not None and f"bucket_{index:03d}" not in waiting:
+            if slot.memory is not None:
                 state.update({f"bucket_{index:03d}.{name}": t for name, t in slot.memory.tensors().items()})
                 state[f"bucket_{index:03d}.parameters"] = list(slot.numbers)
-        return {**state, **self._loaded}
+        for name, value in self._loaded.items():
+            shown = f"{name.partition('.')[0]}.parameters" in state
+            state.setdefault(_WAITING + name if shown else name, value)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore; a bucket gets its memories when DDP first shows it with the same parameters in the same order.
@@ -198,6 +205,8 @@ class DDPCompression:
 
     def _take_loaded(self, name: str, slot: DDPSlot) -> None:
         """Move a loaded bucket's memories into its slot, once, if the bucket is the same."""
+        if self._loaded.get(f"{name}.parameters") != list(slot.numbers):
+            name = _WAITING + name
         if slot.memory is None or self._loaded.get(f"{name}.parameters") != list(slot.numbers):
             return
         saved = {key: self._loaded.pop(key) for key in list(self._loaded) if key.startswith(f"{name}.")}
@@ -217,7 +226,7 @@ class DDPCompression:
         if self._loaded and self.step >= self._loaded_at + 2:
             _log.warning(
                 "saved error memories of %d buckets are of another layout of DDP's; starting with empty ones",
-                len({name.partition(".")[0] for name in self._loaded}),
+                sum(name.endswith(".parameters") for name in self._loaded),
             )
             self._loaded.clear()
 
