@@ -176,9 +176,9 @@ class DDPCompression:
             if slot.memory is not None:
                 state.update({f"bucket_{index:03d}.{name}": t for name, t in slot.memory.tensors().items()})
                 state[f"bucket_{index:03d}.parameters"] = list(slot.numbers)
+        shown = {name.partition(".")[0] for name in state}
         for name, value in self._loaded.items():
-            shown = f"{name.partition('.')[0]}.parameters" in state
-            state.setdefault(_WAITING + name if shown else name, value)
+            state.setdefault(_WAITING + name if name.partition(".")[0] in shown else name, value)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
