@@ -1,6 +1,7 @@
 """``penstock plan``: from measurements in a file to a choice, pictures, and a configuration that a run takes."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from penstock.cli.main import app
 from penstock.pipe.planner import LayerCosts, Profile, save_profiles
 from penstock.pipe.schedule import load_timeline
 from penstock.runtime.config import load_config
+from penstock.runtime.main_job import reference_model
 from penstock.runtime.planning import bytes_of
 
 BLOCK = LayerCosts("GPTBlock", 1e-3, 2e-3, 1e-3, 1e-3, kept=1000, output=100, parameters=500, state=1000)
@@ -32,8 +34,16 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     }
     config.write_text(yaml.safe_dump(values))
     profile = tmp_path / "profile.json"
-    save_profiles([Profile(size, (BLOCK, *[BLOCK] * 4, BLOCK, HEAD)) for size in (1, 2)], profile)
+    layers = of_model(config, (BLOCK, *[BLOCK] * 4, BLOCK, HEAD))
+    save_profiles([Profile(size, layers) for size in (1, 2)], profile)
     return config, profile
+
+
+def of_model(config: Path, costs: Sequence[LayerCosts]) -> tuple[LayerCosts, ...]:
+    """Costs that were measured on the layers of a configuration's model."""
+    model = reference_model(load_config(config))
+    facts = zip(costs, map(model.type_name, range(7)), model.parameter_counts, strict=True)
+    return tuple(replace(cost, name=name, trained=count) for cost, name, count in facts)
 
 
 def run(*arguments: object) -> Result:
@@ -75,7 +85,7 @@ def test_a_searched_schedule_is_written_beside_the_configuration(files: tuple[Pa
 def test_layers_to_recompute_are_written_for_the_run(files: tuple[Path, Path], tmp_path: Path) -> None:
     config, profile = files
     blocks = (BLOCK, *[replace(BLOCK, kept=kept) for kept in (1000, 8000, 1000, 8000)], BLOCK, HEAD)
-    save_profiles([Profile(1, blocks)], profile)
+    save_profiles([Profile(1, of_model(config, blocks))], profile)
     written = tmp_path / "planned.yaml"
     options = ("--micro-batch-size", 1, "--memory", "34kB", "--write", written)
     result = run(config, "--profile", profile, *options)
@@ -99,6 +109,10 @@ def test_layers_to_recompute_are_written_for_the_run(files: tuple[Path, Path], t
         (("--set", "tensor_parallel.size=2"), "layers are measured whole"),
         (("--set", "pipe.stages=9"), "9 pipeline ranks cannot share 7 layers"),
         (("--set", "batching.sizes=[[100, 16]]"), "steps that are all alike"),
+        (("--micro-batch-size", "4"), "no measurements of micro-batches of 4, but of 1, 2; take one of these"),
+        (("--set", "model.num_layers=2"), "is of another model, 7 layers"),
+        (("--set", "model.hidden_size=16"), "trainable parameters; measure again"),
+        (("--search", "-5"), "--search"),
     ],
 )
 def test_mistakes_are_refused(files: tuple[Path, Path], arguments: tuple[str, ...], message: str) -> None:
@@ -123,6 +137,10 @@ def test_what_a_plan_leaves_out_is_said(files: tuple[Path, Path]) -> None:
     result = run(config, "--profile", profile, "--set", "data_parallel={replicas: 2, sharding: fsdp2}")
     assert "divided over the replicas" in result.output
     assert "zb_" not in result.output
+    result = run(config, "--profile", profile, "--micro-batch-size", 2, "--set", "compile.enabled=true", "--top", 99)
+    assert "choice: " in result.output
+    assert "zb_" not in result.output  # nor other sizes than the one asked for
+    assert not any(line.endswith(" of 1") or " of 1 " in line for line in result.output.splitlines())
 
 
 @pytest.mark.parametrize(

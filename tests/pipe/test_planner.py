@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from penstock._core.batch_key import BatchKey
 from penstock.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from penstock.pipe.planner import (
+    WHOLE,
     Flow,
     LayerCosts,
     Prediction,
@@ -396,6 +397,14 @@ def test_a_search_gives_each_rank_the_memory_that_its_own_weights_leave() -> Non
     )
     assert max(found.best.memory) <= 1000
     assert len(found.predictions) == len(free.predictions) + 1
+
+
+def test_a_search_splits_passes_only_where_schedules_that_do_were_asked_for() -> None:
+    pytest.importorskip("ortools")
+    found = plan([uniform(4)], ranks=2, samples=4, schedules=WHOLE, intervals=(0,), search_effort_s=0.1)
+    assert {action.op for p in found.predictions for actions in p.schedule.ranks for action in actions} == {"F", "B"}
+    with pytest.raises(ValueError, match=r"search_effort_s must be 0, which does not search, or more; got -5"):
+        plan([uniform(4)], ranks=2, samples=4, search_effort_s=-5)
 
 
 def test_no_choice_has_a_stage_that_a_run_would_refuse() -> None:

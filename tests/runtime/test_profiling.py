@@ -23,7 +23,9 @@ BATCHES = 4
 WHOLE_STEP, OVERHEAD, READING, ACTION, INSIDE = 50.0, 0.25, 0.125, 0.0625, 0.03125
 
 
-def profile(monkeypatch: pytest.MonkeyPatch, *, spans: dict[str, float], **changes: Any) -> Profile:
+def profile(
+    monkeypatch: pytest.MonkeyPatch, *, spans: dict[str, float], compiled: bool = False, **changes: Any
+) -> Profile:
     """A profile of three layers, of which one trains nothing, by a rehearsal that says what it is told to."""
     rehearsed = Rehearsal(spans=spans, update=0.5, step=WHOLE_STEP, state_ratio=2.0)
     monkeypatch.setattr(profiling, "rehearse", lambda *_, **__: rehearsed)
@@ -31,10 +33,13 @@ def profile(monkeypatch: pytest.MonkeyPatch, *, spans: dict[str, float], **chang
     monkeypatch.setattr(EngineCosts, "action", lambda self: (ACTION, INSIDE))
     layers = [LayerSpec(nn.Linear, 6, 12), LayerSpec(nn.Tanh), LayerSpec(nn.Linear, 12, 6)]
     module = PipelineModule(layers, num_stages=1, loss_fn=nn.functional.mse_loss, **changes)
+    settings: dict[str, Any] = {"train": {"global_batch_size": 2 * BATCHES, "micro_batch_size": 2, "steps": 3}}
+    if compiled:
+        settings["compile"] = {"enabled": True, "backend": "eager", "layers": ["Linear"]}
     watcher = Watcher(rank=0)
     profiler = Profiler(
         module=module,
-        config=load_config({"train": {"global_batch_size": 2 * BATCHES, "micro_batch_size": 2, "steps": 3}}),
+        config=load_config(settings),
         loss_fn=module.loss_fn,
         groups=PipeGroups(PipeDataParallelTopology(1, 1), watcher=watcher),
         device=torch.device("cpu"),
@@ -69,6 +74,21 @@ def test_what_is_recomputed_in_the_rehearsal_is_no_part_of_the_backward_pass(mon
 def test_without_spans_layers_stay_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = profile(monkeypatch, spans={})
     assert 0 < sum(layer.forward for layer in found.layers) < 1.0
+
+
+def test_measuring_leaves_the_random_states_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
+    profile(monkeypatch, spans={})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_a_run_compiles_are_measured_compiled_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append((type(self), options)))
+    found = profile(monkeypatch, spans={}, compiled=True)
+    assert compiled == [(nn.Linear, {"backend": "eager", "mode": None})] * 2
+    for layer in found.layers:
+        assert (layer.input_gradient, layer.weight_gradient) == (layer.backward, 0.0)
 
 
 def test_a_rehearsal_leaves_weights_and_gradients_as_they_were() -> None:

@@ -30,7 +30,8 @@ def plan(
         list[int] | None,
         typer.Option(
             "--micro-batch-size",
-            help="Sizes to choose from. Repeatable; without it the configuration's, half, two and four times it.",
+            help="Sizes to choose from. Repeatable; without it those of --profile, or the configuration's, half, "
+            "two and four times it.",
             show_default=False,
         ),
     ] = None,
@@ -45,7 +46,7 @@ def plan(
         Path | None, typer.Option(help="Write the configuration with the choice to this file.", show_default=False)
     ] = None,
     search: Annotated[
-        float, typer.Option(help="Seconds to search for a schedule better than the built-in ones; 0 does not.")
+        float, typer.Option(min=0.0, help="Seconds to search for a schedule better than the built-in ones; 0 does not.")
     ] = 0.0,
     top: Annotated[int, typer.Option(help="How many candidates to print.")] = 10,
     timeline_file: Annotated[
@@ -67,7 +68,7 @@ def plan(
       penstock plan run.yaml --profile layers.json --set pipe.stages=2 --search 20
       penstock plan --compare runs/first
     """
-    from penstock.pipe.planner import layer_lines, load_profiles, plan_lines, save_profiles
+    from penstock.pipe.planner import layer_lines, plan_lines, save_profiles
     from penstock.runtime import planning
     from penstock.runtime.comparison import comparison_lines, prediction_of, read_recording
     from penstock.runtime.launch import launched
@@ -93,7 +94,7 @@ def plan(
     if profile is None:
         profiles = planning.measured_profiles(config, given, settings, chosen_sizes)
     else:
-        profiles = load_profiles(profile)
+        profiles = planning.profiles_in(profile, settings, sizes)
     if save_profile is not None:
         save_profiles(profiles, save_profile)
     if recording is not None:

@@ -125,10 +125,51 @@ def measure(config: TrainConfig, sizes: Sequence[int], file: Path) -> None:
             profiles = []
             for size in sizes:
                 batch, reading = timed_batch(dataset, order, size, process.device)
-                profiles.append(profiler.profile(size, batch, reading=reading, split=not config.data_parallel.sharded))
+                profiles.append(profiler.profile(size, batch, reading=reading, split=_splits(config)))
         if process.rank == 0:
             save_profiles(profiles, file)
     process.leave()
+
+
+def _splits(config: TrainConfig) -> bool:
+    """Whether a run of this configuration splits backward passes."""
+    return not (config.data_parallel.sharded or config.compile.enabled)
+
+
+def profiles_in(file: Path, config: TrainConfig, sizes: Iterable[int] | None = None) -> list[Profile]:
+    """Measurements that were kept, of the configuration's model.
+
+    Args:
+        file: From ``penstock plan --save-profile``.
+        config: Of the run that is planned.
+        sizes: Of the micro-batches to choose from; None takes all that are there.
+
+    Raises:
+        ValueError: They are of another model, or a size is not among them.
+    """
+    profiles = load_profiles(file)
+    model = reference_model(config)
+    wanted = [(model.type_name(index), count) for index, count in enumerate(model.parameter_counts)]
+    there = [(layer.name, layer.trained) for layer in profiles[0].layers]
+    if there != wanted:
+        raise ValueError(
+            f"{file}: is of another model, {_described(there)}, where the configuration's has {_described(wanted)}; "
+            "measure again (leave --profile out)"
+        )
+    by_size = {profile.micro_batch_size: profile for profile in profiles}
+    missing = sorted(set(sizes or ()) - by_size.keys())
+    if missing:
+        raise ValueError(
+            f"{file}: has no measurements of micro-batches of {', '.join(map(str, missing))}, but of "
+            f"{', '.join(map(str, sorted(by_size)))}; take one of these, or measure again (leave --profile out)"
+        )
+    return [by_size[size] for size in sorted(set(sizes or by_size))]
+
+
+def _described(layers: Sequence[tuple[str, int]]) -> str:
+    """Layers in a few words: how many there are, of which classes, and how much they train."""
+    names = ", ".join(dict.fromkeys(name for name, _ in layers))
+    return f"{len(layers)} layers ({names}) with {sum(count for _, count in layers):,} trainable parameters"
 
 
 def plan_run(
@@ -140,7 +181,7 @@ def plan_run(
         ranks=config.pipe.stages,
         samples=config.train.global_batch_size // replicas_of(config),
         memory=memory,
-        schedules=WHOLE if config.data_parallel.sharded else TRAINABLE,
+        schedules=TRAINABLE if _splits(config) else WHOLE,
         search_effort_s=search_effort_s,
     )
 

@@ -18,7 +18,6 @@ from penstock.pipe.broadcast import broadcast_value
 from penstock.pipe.groups import PipeGroups
 from penstock.pipe.layer_spec import TiedLayerSpec
 from penstock.pipe.micro_batch import MicroBatch
-from penstock.pipe.modes import random_state_kept
 from penstock.pipe.module import LayerSpec, PipelineModule
 from penstock.pipe.planner import Flow, LayerCosts, Profile, measure_layers, plan_bounds, predict, run_through
 from penstock.pipe.planner.profile import layer_from_json
@@ -27,6 +26,7 @@ from penstock.pipe.stage import Stage
 from penstock.pipe.topology import ProcessTopology
 from penstock.pipe.value import map_tensors, to_device
 from penstock.runtime.batches import collate_samples, labelled
+from penstock.runtime.compiling import compile_layers
 from penstock.runtime.config import TrainConfig
 from penstock.runtime.engine_costs import EngineCosts
 from penstock.runtime.process import Process
@@ -91,10 +91,6 @@ class Profiler:
         """
         if self.module.takes_labels and self.loss_fn is not None:
             batch = labelled(*batch), batch[1]
-        with random_state_kept(self.device):  # layers are seeded, and each rank measures others
-            return self._profile(size, batch, reading=reading, split=split)
-
-    def _profile(self, size: int, batch: tuple[Any, Any], *, reading: float, split: bool) -> Profile:
         if self._rounds == 0:
             self._divide_by_time(size, batch)
         profile = replace(self._measured(size, batch, least_s=_LEAST_S), reading=reading)
@@ -118,6 +114,7 @@ class Profiler:
         stage = self._division.build_stage(self.groups.pipe_rank, device=self.device, dtype=self.dtype)
         stage.activation_checkpoint_interval, stage.recomputed = 0, frozenset()
         stage.autocast_dtype = self.autocast_dtype
+        compile_layers(self.config.compile, stage)
         return stage
 
     def _divide_by_time(self, size: int, batch: tuple[Any, Any]) -> None:
@@ -150,6 +147,7 @@ class Profiler:
             loss_fn=self.loss_fn,
             key=key,
             more=self._more(f"penstock/profile/{self._rounds}", least_s),
+            split=not self.config.compile.enabled,  # a compiled layer frees what a second half needs
         )
         for parameter in stage.parameters():
             parameter.grad = None
@@ -260,6 +258,7 @@ class Profiler:
                 replace(
                     layer,
                     parameters=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
+                    trained=self.module.parameter_counts[index],
                     state=trained[index],
                     tie=spec.key if isinstance(spec, TiedLayerSpec) else None,
                 )

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from penstock._core.batch_key import BatchKey
 from penstock.pipe.loss import LossFn, loss_of
+from penstock.pipe.modes import random_state_kept
 from penstock.pipe.planner.profile import LayerCosts
 from penstock.pipe.split_backward import SplitBackward
 from penstock.pipe.stage import Cut, Stage
@@ -110,8 +111,9 @@ class _Timed:
 
 
 def run_through(stage: Stage, flow: Flow, key: BatchKey) -> Flow:
-    """What a stage, but the last, makes of a value."""
-    return _Timed(stage, None, None).forward(flow, key, split=False).flow
+    """What a stage, but the last, makes of a value; torch's random states stay as they are."""
+    with random_state_kept(stage.device):
+        return _Timed(stage, None, None).forward(flow, key, split=False).flow
 
 
 def measure_layers(
@@ -123,10 +125,11 @@ def measure_layers(
     loss_fn: LossFn | None = None,
     key: BatchKey,
     more: Callable[[int], bool],
+    split: bool = True,
 ) -> list[LayerCosts]:
     """Measure the layers of a stage for one micro-batch.
 
-    Gradients add up in ``.grad``, as over the micro-batches of a step.
+    Gradients add up in ``.grad``, as over the micro-batches of a step. Torch's random states stay as they are.
 
     Args:
         stage: In train mode, without activation checkpointing.
@@ -136,22 +139,27 @@ def measure_layers(
         loss_fn: On the last stage; None where the last layer returns the loss.
         key: Names the micro-batch.
         more: Called with the number of rounds that were timed; whether to go on. A round runs every layer, and the
-            stage as a whole, forward twice, backward once as a whole and once in halves.
+            stage as a whole, forward and backward, and again with the backward pass in halves.
+        split: Whether to time halves; else the first half counts as the whole, and the second as nothing.
 
     Returns:
         Costs of each layer; parameters, optimizer state and ties are left at zero.
     """
     whole = _Timed(stage, targets, loss_fn)
     parts = [_Timed(layer, targets, loss_fn) for layer in _one_by_one(stage)]
-    sizes = _sizes(parts, flow, key)
-    for rounds in _rounds(more):
-        for split in (False, True):
-            _chain(parts, flow, key, split=split)
-            passed = whole.forward(flow, key, split=split)
-            whole.backward(passed, split=split)
-        if rounds == 0:  # memory was fresh and kernels were chosen
-            for timed in (whole, *parts):
-                timed.seconds = {op: [] for op in _OPS}
+    with random_state_kept(stage.device):
+        sizes = _sizes(parts, flow, key)
+        for rounds in _rounds(more):
+            for halves in (False, True) if split else (False,):
+                _chain(parts, flow, key, split=halves)
+                passed = whole.forward(flow, key, split=halves)
+                whole.backward(passed, split=halves)
+            if rounds == 0:  # memory was fresh and kernels were chosen
+                for timed in (whole, *parts):
+                    timed.seconds = {op: [] for op in _OPS}
+    if not split:
+        for timed in (whole, *parts):
+            timed.seconds |= {"I": timed.seconds["B"], "W": [0.0]}
     scale = {op: _ratio(whole.median(op), sum(part.median(op) for part in parts)) for op in _OPS}
     return [
         replace(

@@ -65,8 +65,11 @@ def plan(
         search_effort_s: Seconds to search for a schedule of one's own for the best bounds; 0 does not.
 
     Raises:
-        ValueError: More ranks than layers, no size that divides the samples, or nothing that fits in the memory.
+        ValueError: More ranks than layers, no size that divides the samples, nothing that fits in the memory, or a
+            negative effort.
     """
+    if search_effort_s < 0:
+        raise ValueError(f"search_effort_s must be 0, which does not search, or more; got {search_effort_s}")
     layers = len(profiles[0].layers)
     if not 1 <= ranks <= layers:
         raise ValueError(f"{ranks} pipeline ranks cannot share {layers} layers; take 1 to {layers}")
@@ -74,9 +77,10 @@ def plan(
     if not usable:
         sizes = ", ".join(str(profile.micro_batch_size) for profile in profiles)
         raise ValueError(f"{samples} samples per pipeline and step cannot be divided into micro-batches of {sizes}")
+    names = tuple(schedules)
     drafts = []
     for profile in usable:
-        for schedule in _schedules(tuple(schedules), ranks, samples // profile.micro_batch_size, layers):
+        for schedule in _schedules(names, ranks, samples // profile.micro_batch_size, layers):
             for interval in intervals:
                 bounds = balance(_loads(profile), schedule.num_stages)
                 drafts.append((profile, predict(profile, schedule, bounds, interval)))
@@ -119,7 +123,8 @@ def plan(
     fitting.sort(key=rank)
     if search_effort_s > 0:
         best = fitting[0]
-        found_one = _searched(by_size[best.micro_batch_size], best, memory, search_effort_s)
+        split = any(SCHEDULES[name].split for name in names)
+        found_one = _searched(by_size[best.micro_batch_size], best, memory, split=split, effort_s=search_effort_s)
         fitting = sorted([*fitting, found_one], key=rank)
     return Plan(tuple(fitting), len(found) - sum(_excess(p, memory) == 0 for p in found), memory)
 
@@ -188,8 +193,12 @@ def _same(one: Prediction, other: Prediction) -> bool:
     )
 
 
-def _searched(profile: Profile, best: Prediction, memory: int | None, effort_s: float) -> Prediction:
-    """A schedule of one's own for the placement and the bounds of the best one."""
+def _searched(profile: Profile, best: Prediction, memory: int | None, *, split: bool, effort_s: float) -> Prediction:
+    """A schedule of one's own for the placement and the bounds of the best one.
+
+    Backward passes are split only where schedules that do so were asked for: else the run refuses them, or their halves
+    were not measured.
+    """
     stages = StageCosts.of(profile, best.bounds, best.interval, best.recomputed)
     left = None
     if memory is not None:
@@ -203,5 +212,6 @@ def _searched(profile: Profile, best: Prediction, memory: int | None, effort_s: 
         stages.costs,
         memory=left,
         activations=[float(b) for b in stages.activations],
+        split=split,
     )
     return predict(profile, search(problem, effort_s=effort_s).schedule, best.bounds, best.interval, best.recomputed)

@@ -9,7 +9,7 @@ from typing import Any, Final
 from penstock._core.files import read_json, write_json
 
 FORMAT: Final = "penstock.profile"
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class LayerCosts:
         output: Of its output, which travels where a stage ends here.
         loss_kept: Of ``kept``, on the last layer, what the loss function keeps: recomputing the layer does not free it.
         parameters: Of its parameters and buffers.
+        trained: How many trainable parameters it has, which tells models apart.
         state: Of gradients and the optimizer's state.
         update: Its share of clipping, optimizer step and clearing.
         tie: The tie key, if its parameters are shared with other layers.
@@ -51,6 +52,7 @@ class LayerCosts:
     tie: str | None = None
     whole: tuple[str, ...] = ()
     loss_kept: int = 0
+    trained: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
