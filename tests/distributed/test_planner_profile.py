@@ -84,6 +84,7 @@ def divided_job(rank: int, world_size: int) -> tuple[tuple[int, ...], list[float
         assert engine.parts.module is not None
         bounds = engine.parts.module.bounds
         assert bounds is not None
+        assert engine.config.pipe.partition_method == bounds  # what the run keeps says how to repeat it
         return bounds, [engine.train_batch(), engine.train_batch()]
 
 

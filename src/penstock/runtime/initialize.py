@@ -34,6 +34,7 @@ from penstock.runtime.activation_codec import activation_codecs
 from penstock.runtime.batches import Collate, Cut, collate_samples
 from penstock.runtime.compiling import compile_layers
 from penstock.runtime.config import TrainConfig
+from penstock.runtime.earlier_cuts import with_cuts
 from penstock.runtime.engine import Engine
 from penstock.runtime.ledger_rates import Rates
 from penstock.runtime.local_replicas import make_local_updates
@@ -126,6 +127,8 @@ def initialize(
         )
         if module is not None and ready.measured:
             module = _measured(module, ready, process, watcher, collate)
+            assert module.bounds is not None
+            settings = with_cuts(settings, module.bounds)  # so that what the run keeps says how to repeat it
         groups = PipeGroups(
             ready.topology,
             tied=None if module is None else tied_ranks(module, ready.pipe_schedule.placement),

@@ -22,6 +22,7 @@ from penstock.runtime.checkpoint import Checkpoint, latest_complete, list_checkp
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import CompressionSection, DataParallelSection, PipeSection
 from penstock.runtime.display import Display
+from penstock.runtime.earlier_cuts import as_cut_before
 from penstock.runtime.engine import Engine
 from penstock.runtime.engine_state import find, load_weights
 from penstock.runtime.evaluation import evaluate as evaluate_engine
@@ -235,9 +236,11 @@ def _check_vocabulary(config: TrainConfig) -> None:
 def _train(config: TrainConfig, folder: Path, *, resume: bool) -> int:
     """Train, evaluate and summarize; after SIGTERM only save. Returns the exit code."""
     windows = None if config.data.heldout is None else heldout_windows(config)
+    checkpoints = folder / CHECKPOINTS_NAME
+    if resume:
+        config = as_cut_before(config, checkpoints)
     with initialize(reference_model(config), config) as engine:
         chief = engine.rank == 0
-        checkpoints = folder / CHECKPOINTS_NAME
         if resume and latest_complete(checkpoints) is not None:
             loaded = engine.load_checkpoint(checkpoints)
             if chief:
@@ -250,7 +253,7 @@ def _train(config: TrainConfig, folder: Path, *, resume: bool) -> int:
             if resume:
                 _say(f"there is nothing to resume in {folder}: starting at step 0")
         if chief:
-            write_json(folder / CONFIG_NAME, config.to_dict())
+            write_json(folder / CONFIG_NAME, engine.config.to_dict())  # with the cuts, where they were measured
         log = MetricsLog(folder / METRICS_NAME, resume_step=engine.progress.step) if chief else None
         display = Display(config.total_steps, log_every=config.train.log_every, enabled=chief)
         with display, engine.stop_request.listening():
