@@ -22,6 +22,7 @@ from penstock.data_pipeline.data_sampling.mixture import CorpusConfig, MixtureCo
 from penstock.data_pipeline.data_sampling.pacing import PacingConfig
 from penstock.data_pipeline.data_sampling.subset import SubsetConfig
 from penstock.data_pipeline.data_sampling.token_budget import TokenBudgetConfig
+from penstock.data_pipeline.random_ltd import RandomLTDConfig
 from penstock.runtime.batching_section import SequenceLengthSection
 from penstock.runtime.config import TrainConfig, load_config
 from penstock.runtime.config_sections import ModelSection
@@ -67,9 +68,9 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
             yield from keys_of(section, f"{prefix}{name}.")
 
 
-def keys_on_page(start: str, end: str | None) -> list[tuple[str, str]]:
-    """Every key and its default in the tables between two headings of the reference."""
-    page = (DOCS / "configuration.md").read_text()
+def keys_on_page(start: str, end: str | None, name: str = "configuration.md") -> list[tuple[str, str]]:
+    """Every key and its default in the tables between two headings of a page, the reference unless another is named."""
+    page = (DOCS / name).read_text()
     part = page.partition(f"\n## {start}\n")[2]
     if end is not None:
         part = part.partition(f"\n## {end}\n")[0]
@@ -110,6 +111,12 @@ def test_the_reference_has_every_key_of_a_data_pipeline_with_its_default() -> No
     page = keys_on_page("A data pipeline", None)
     assert len(page) == len(dict(page))
     assert dict(page) == dict(keys_of(PipelineConfig))
+
+
+def test_deepspeeds_section_of_random_ltd_is_told_with_every_key_and_its_default() -> None:
+    page = keys_on_page("The section", "Stopping, going on, and the weights", "random-ltd.md")
+    assert len(page) == len(dict(page))
+    assert dict(page) == dict(keys_of(RandomLTDConfig))
 
 
 def checked(kind: str) -> str:

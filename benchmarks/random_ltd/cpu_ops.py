@@ -2,13 +2,16 @@
 
 Batch 8, sequence 2,048, hidden 1,024 in float32, keep 1,024; one thread and two; in memory that is fresh for every
 result (glibc's default gives large blocks back and maps new ones) and in memory that is used again (the allocator
-settings of ``penstock train``). A forward time includes building autograd's graph. About a minute on an idle machine::
+settings of ``penstock train``). A forward time includes building autograd's graph. The contenders come in another
+order in each round: what ran before leaves its own lines in the caches and threads that still wait for work. About a
+minute on an idle machine::
 
     python -m benchmarks.random_ltd.cpu_ops
 """
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -116,7 +119,7 @@ def contenders() -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def child(threads: int) -> None:
-    """Time everything in turn, ROUNDS times; print milliseconds."""
+    """Time everything ROUNDS times, each operation's contenders in another order; print milliseconds."""
     import torch
 
     torch.set_num_threads(threads)
@@ -124,11 +127,12 @@ def child(threads: int) -> None:
     times: dict[str, dict[str, list[float]]] = {
         operation: {name: [] for name in ways} for operation, ways in timed.items()
     }
+    order = random.Random(0)
     for _ in range(ROUNDS):
         for operation, ways in timed.items():
-            for name, way in ways.items():
+            for name in order.sample(list(ways), len(ways)):
                 begin = time.perf_counter()
-                result = way()
+                result = ways[name]()
                 times[operation][name].append((time.perf_counter() - begin) * 1e3)
                 del result
     print(json.dumps(times))

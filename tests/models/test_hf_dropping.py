@@ -254,8 +254,8 @@ def test_a_compiled_model():
 
 def test_the_table_of_a_llama_layer():
     assert describe_random_ltd(converted(*build("Llama"))).splitlines() == [
-        "model.layers.1: LlamaDecoderLayer",
-        "model.layers.2: LlamaDecoderLayer",
+        "model.layers.1: LlamaDecoderLayer, keeps 5 tokens of each row",
+        "model.layers.2: LlamaDecoderLayer, keeps 5 tokens of each row",
         "argument             kind           by",
         "hidden_states        hidden states",
         "attention_mask       mask           name",

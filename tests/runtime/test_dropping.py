@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,30 @@ def test_each_stage_wraps_its_share_and_all_keep_the_same(stages: int) -> None:
         assert kept == [8 + (step * (LENGTH - 8) // 10) // 4 * 4 for step in range(10)] + [LENGTH, LENGTH]
         assert all(layer.reserved_length == LENGTH for layer in layers.values())
     assert wrapped == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"steps": 11}, r"steps=11 \(from 0\): the run has 10 steps and ends before all .* lower it to 10 or less"),
+        ({"steps": 9, "start": 2}, r"steps=9 \(from 2\): .* lower it to 8 or less"),
+        ({"steps": 9, "start": 10}, "start=10: the run has 10 steps, so no token is dropped"),
+        ({"tokens": 80 * LENGTH + 1}, rf"tokens={80 * LENGTH + 1} .*the run has {80 * LENGTH} tokens and ends"),
+        ({"steps": 10}, None),
+        ({"steps": 99, "end": 10}, None),
+        ({"tokens": 80 * LENGTH}, None),
+    ],
+)
+def test_steps_that_a_run_never_reaches_are_told(section: dict[str, int], message: str | None) -> None:
+    settings = load_config(config(steps=10, random_ltd={"min_tokens": 8, **section}))
+    found = Dropping(settings, model(layers=4)).unreached
+    assert found is None if message is None else re.search(message, found or "")
+
+
+def test_they_are_told_where_a_run_begins(caplog: pytest.LogCaptureFixture) -> None:
+    settings = config(steps=2, random_ltd={"min_tokens": 8, "steps": 3})
+    penstock.initialize(model(), settings, training_data=tokens()).close()
+    assert [record.message for record in caplog.records if "random_ltd.steps=3" in record.message]
 
 
 def test_every_key_of_the_section_reaches_the_layers() -> None:
@@ -163,7 +188,8 @@ def test_a_route_across_stages_is_the_route_of_one_process(
     [
         ({"random_ltd": {"min_tokens": 8}}, "give exactly one of steps and tokens"),
         ({"random_ltd": {"min_tokens": 8, "steps": 5, "tokens": 5}}, "give exactly one of steps and tokens"),
-        ({"random_ltd": {"min_tokens": 8, "steps": 5, "growth": "root"}}, "growth: root with root_degree=None"),
+        ({"random_ltd": {"min_tokens": 8, "steps": 5, "growth": "root"}}, "growth: root needs root_degree"),
+        ({"random_ltd": {"min_tokens": 8, "steps": 5, "root_degree": 2}}, "root_degree=2.0 with growth: linear; set"),
         ({"random_ltd": {"min_tokens": 8, "steps": 5, "start": 9, "end": 9}}, "end=9 is not after start=9"),
         ({"schedule": {"by": "layer_tokens"}}, "this run has no random_ltd; set schedule.by"),
         (

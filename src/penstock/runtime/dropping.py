@@ -50,6 +50,7 @@ class Dropping:
         section = given.scheduler_config(len(blocks), length)
         section |= {"sequence_length": length, "global_batch_size": config.train.global_batch_size}
         self.layers = frozenset(blocks[number] for number in given.layer_ids(len(blocks)))
+        self._config = config
         self._blocks = blocks
         self._scheduler = RandomLTDScheduler(section)
         self._mark: partial[MarkProtectedTokens] | None = None
@@ -63,6 +64,26 @@ class Dropping:
             self._mark = partial(
                 MarkProtectedTokens, token_ids=given.protect_tokens, separator_id=given.document_separator
             )
+
+    @property
+    def unreached(self) -> str | None:
+        """What of the schedule the run ends before; None if nothing."""
+        section, config = self._config.random_ltd, self._config
+        assert section is not None
+        clock = "steps" if section.tokens is None else "tokens"
+        needed = section.steps if section.tokens is None else section.tokens
+        length = config.total_steps if section.tokens is None else config.tokens_of_run
+        assert needed is not None  # one of the two is given
+        assert length is not None  # that of the sequences is known
+        if section.start >= length:
+            return f"random_ltd.start={section.start}: the run has {length} {clock}, so no token is dropped"
+        rest = section.start + needed if section.end is None else min(section.start + needed, section.end)
+        if rest > length:
+            return (
+                f"random_ltd.{clock}={needed} (from {section.start}): the run has {length} {clock} and ends before all "
+                f"of max_tokens are kept; lower it to {length - section.start} or less to train on these too"
+            )
+        return None
 
     def wrap(self, stage: AnyStages) -> None:
         """Make the stage's share of the layers drop tokens, and its first layer mark the protected ones."""

@@ -1,6 +1,7 @@
 """``penstock.initialize``: from a model and a configuration to an engine."""
 
 import datetime
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -53,6 +54,8 @@ if TYPE_CHECKING:  # FSDP2 takes half a second to import
     from torch.distributed.device_mesh import DeviceMesh
 
     from penstock.compression.sharded import CompressedReduceScatter
+
+_log = logging.getLogger(__name__)
 
 PARAMETER_DTYPES: Final = {
     "float32": torch.float32,
@@ -166,6 +169,8 @@ def initialize(
         shared = SharedParameters.of(stage, module)
         if ready.dropping is not None:
             ready.dropping.wrap(stage)
+            if process.rank == 0 and ready.dropping.unreached is not None:
+                _log.warning(ready.dropping.unreached)
         compile_layers(settings.compile, stage)
         last_layer = None if module is None else len(module.parameter_counts) - 1
         built = _optimizer(settings, optimizer, shared, stage, last_layer=last_layer)

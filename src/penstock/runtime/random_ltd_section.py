@@ -39,7 +39,8 @@ class RandomLTDSection(Section):
         end: Step (or tokens read) at which it ends; None does not end it.
         route: ``layer``: each block drops tokens of its own. ``block``: neighbouring blocks drop the same tokens, once.
         protect_tokens: Token ids that are kept, as far as ``min_tokens`` has room for them.
-        document_separator: The token id that ends a document; the first token of each document is always kept.
+        document_separator: The token id that ends a document; the first token of each document is kept, as far as
+            ``min_tokens`` has room.
         arguments: Kinds or layouts of the blocks' arguments by name, where names and shapes do not tell.
         total_layers: DeepSpeed's ``total_layer_num``; checked against ``model.num_layers`` when given.
         model_mask_name: Name of the attention mask among a layer's arguments; None where layers take no mask.
@@ -83,7 +84,11 @@ class RandomLTDSection(Section):
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of steps and tokens: how long until max_tokens are kept")
         if (self.growth == "root") != (self.root_degree is not None):
-            raise ValueError(f"growth: {self.growth} with root_degree={self.root_degree}; give it with root only")
+            raise ValueError(
+                "growth: root needs root_degree, the degree of the root (2 is a square root)"
+                if self.root_degree is None
+                else f"root_degree={self.root_degree} with growth: {self.growth}; set growth: root, or leave it out"
+            )
         if self.end is not None and self.end <= self.start:
             raise ValueError(f"end={self.end} is not after start={self.start}")
         if not isinstance(self.layers, str):

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.library import opcheck
 
 from penstock._core.batch_key import BatchKey, entered
 from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, protected_tokens
-from penstock.data_pipeline.random_ltd.choice import draw_tokens
+from penstock.data_pipeline.random_ltd.choice import _draw_op, draw_tokens
 
 CPU = torch.device("cpu")
 
@@ -113,6 +114,14 @@ def test_tokens_of_weight_zero_fill_the_places_that_no_others_are_left_for():
     chance = torch.tensor(1 / 3)
     assert bool((seen[[0, 3]] == 1).all())
     assert bool(((seen[[1, 2, 4]] - chance).abs() <= 5 * (chance * (1 - chance) / draws).sqrt()).all())
+
+
+def test_the_choice_in_a_compiled_graph_is_a_well_behaved_operator():
+    protected = torch.tensor([[True, *[False] * 5]])
+    with entered(key((4, 9))):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        for facts in ((None, None), (protected, torch.ones(2, 6))):
+            opcheck(_draw_op, (3, 2, 6, 4, CPU, *facts, torch.randn(2, 6, 1)), test_utils=tests)
 
 
 def test_a_weight_of_zero_is_not_drawn_before_others():

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 from penstock.data_pipeline.random_ltd import (
     RandomLayerTokenDrop,
+    RandomLTDScheduler,
     convert_to_random_ltd,
     describe_random_ltd,
     remove_random_ltd,
@@ -119,6 +121,15 @@ def test_the_state_dict_loads_in_the_original(convert_type):
     assert torch.equal(other(x), model(x))
 
 
+def test_a_converted_model_can_be_sent_to_another_process():
+    model = convert_to_random_ltd(Model(3), Block, config([1], total=3))
+    other = pickle.loads(pickle.dumps(model))
+    assert list(other.state_dict()) == list(Model(3).state_dict())
+    other.load_state_dict(Model(3).state_dict(), strict=True)
+    other(torch.randn(2, 16, 3))
+    assert other.blocks[1].computed_tokens == 16
+
+
 def test_the_inside_of_a_parallel_wrapper_is_converted():
     model = nn.DataParallel(Model(3))
     assert convert_to_random_ltd(model, "blocks.1") is model
@@ -159,14 +170,16 @@ def test_what_was_converted_can_be_read():
     model = nn.Sequential(*(nn.TransformerEncoderLayer(4, 2) for _ in range(12)))
     convert_to_random_ltd(model, nn.TransformerEncoderLayer, {**section, "model_mask_name": "src_mask"})
     assert describe_random_ltd(model).splitlines() == [
-        "1: TransformerEncoderLayer (begin of route 1)",
-        "2: TransformerEncoderLayer (end of route 1)",
+        "1: TransformerEncoderLayer (begin of route 1), keeps 8 tokens of each row",
+        "2: TransformerEncoderLayer (end of route 1), keeps 8 tokens of each row",
         "argument              kind           by",
         "src                   hidden states",
         "src_mask              mask           declared",
         "src_key_padding_mask  padding        name",
         "is_causal             by shape",
     ]
+    RandomLTDScheduler({**section, "model_mask_name": "src_mask", "enabled": False}).attach(model)
+    assert "2: TransformerEncoderLayer (end of route 1), keeps all tokens" in describe_random_ltd(model).splitlines()
 
 
 def test_arguments_given_in_the_call_go_before_those_of_the_config():
@@ -194,6 +207,14 @@ def test_training_with_dropping_changes_the_output_and_eval_does_not():
         (lambda: convert_to_random_ltd(Model(), nn.Conv2d), "no layer of Conv2d; its modules are of Block, Linear"),
         (lambda: convert_to_random_ltd(Model(), "blocks.12"), "unknown layer 'blocks.12'; did you mean 'blocks.2"),
         (lambda: convert_to_random_ltd(Model(3), Block, config([1])), "total_layer_num=12, but the model has 3"),
+        (
+            lambda: convert_to_random_ltd(Model(), ("blocks.1", "blocks.2"), config([1, 2])),
+            "has 2 such layers: blocks.1, blocks.2. random_ltd_layer_id chooses .*: match or name all of those",
+        ),
+        (
+            lambda: convert_to_random_ltd(Model(30), "Block"),
+            r"'Block' is the class of blocks.0, .*blocks.11, ... and 18 more; pass the class itself",
+        ),
         (lambda: convert_to_random_ltd(convert_to_random_ltd(Model(), Block), Block), "converted .* already"),
     ],
 )

@@ -13,7 +13,7 @@ from penstock.data_pipeline.random_ltd.kernels import cpu
 
 pytest.importorskip("numba")
 
-from penstock.data_pipeline.random_ltd.kernels import cpu_streaming
+from penstock.data_pipeline.random_ltd.kernels import cpu_streaming, torch_threads
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def copies(monkeypatch):
     copied = []
     inner = cpu_streaming.copy_tokens
 
-    def counted(tokens, sources, out):
+    def counted(sources, out):
         copied.append(out.nbytes)
-        inner(tokens, sources, out)
+        inner(sources, out)
 
     monkeypatch.setattr(cpu, "LARGE", 1)
     monkeypatch.setattr(cpu, "STREAMED", 1)
@@ -51,7 +51,8 @@ def test_the_kernel_writes_its_tokens_and_nothing_else(count, size, begin, part,
     expected = out.copy()
     for token in range(first, last):
         expected[begin + token * size : begin + (token + 1) * size] = data[at[token] : at[token] + size]
-    cpu_streaming._copy_some(out.ctypes.data + begin, at + data.ctypes.data, size, first, last)
+    sources = at + data.ctypes.data
+    cpu_streaming._copy_some(out.ctypes.data + begin, sources.ctypes.data, size, first, last)
     assert np.array_equal(out, expected)
 
 
@@ -63,7 +64,6 @@ def test_the_kernel_writes_its_tokens_and_nothing_else(count, size, begin, part,
 def test_the_operators_give_the_same_bits_with_and_without_it(dtype, width, batch_first, threads, copies, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # two of three
     rows, length, kept = 3, 57, 20
     order = (lambda b, s: (b, s)) if batch_first else (lambda b, s: (s, b))
     x = torch.randn(*order(rows, length), width + 3).to(dtype)[..., 1:-2]  # begins anywhere, and has gaps
@@ -77,7 +77,7 @@ def test_the_operators_give_the_same_bits_with_and_without_it(dtype, width, batc
 
     streamed = list(results())
     assert len(copies) == 4
-    monkeypatch.setattr(cpu, "_has_numba", lambda: False)
+    monkeypatch.setattr(cpu, "_can_stream", lambda: False)
     indexed = list(results())
     assert len(copies) == 4
     for one, other in zip(streamed, indexed, strict=True):
@@ -97,17 +97,29 @@ def test_only_large_outputs_of_long_tokens_are_streamed(copies, monkeypatch):
     assert copies == [1 << 12]
 
 
+@pytest.mark.parametrize(("threads", "most", "expected"), [(1, 9, 1), (3, 9, 3), (3, 2, 2), (3, 0, 1)])
+def test_a_function_is_called_once_on_each_of_torchs_threads(threads, most, expected, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    @cpu_streaming.numba.cfunc("void(intp)")
+    def count(calls):
+        cpu_streaming._add_at(calls, 1)
+
+    calls = np.zeros(1, dtype=np.int64)
+    torch_threads.run_on_torch_threads(count.address, calls.ctypes.data, most=most)
+    assert calls[0] == expected
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_has_threads_of_its_own(copies, monkeypatch):
+def test_a_forked_process_copies_without_the_threads_that_stayed_behind(copies, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     data, out = torch.randn(64, 256), torch.zeros(64, 256)
     sources = np.arange(64)[::-1] * 1024 + data.data_ptr()
-    cpu_streaming.copy_tokens((data,), np.ascontiguousarray(sources), out)
+    cpu_streaming.copy_tokens(np.ascontiguousarray(sources), out)
     assert torch.equal(out, data.flip(0))
     out.zero_()
     child = os.fork()
     if not child:
-        cpu_streaming.copy_tokens((data,), np.ascontiguousarray(sources), out)
+        cpu_streaming.copy_tokens(np.ascontiguousarray(sources), out)
         os._exit(0 if np.array_equal(out.numpy(), data.numpy()[::-1]) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -3,8 +3,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from penstock._core.batch_key import BatchKey, entered
+from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop
+from penstock.data_pipeline.random_ltd.choice import draw_tokens
 from penstock.data_pipeline.random_ltd.layer_inputs import KeptTokens
 from penstock.data_pipeline.random_ltd.layer_rule import LayerRule
 
@@ -190,6 +194,33 @@ def test_block_masks_are_made_anew_over_the_kept_tokens(rows):
             assert torch.equal(dense[row, head], expected)
     blocks = torch.nn.functional.pad(dense, (0, 192 - 170, 0, 192 - 170)).unflatten(3, (3, 64)).unflatten(2, (3, 64))
     assert torch.equal(out.to_dense() > 0, blocks.any(-1).any(3))
+
+
+class Flex(nn.Module):
+    def forward(self, hidden, block_mask):
+        heads = hidden.unflatten(2, (2, 16)).transpose(1, 2)
+        return flex_attention(heads, heads, heads, block_mask=block_mask).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_over_kept_tokens_is_attention_restricted_to_them():
+    length, key = 60, BatchKey(seed=1, step=0, micro_batch=0, positions=(4, 9))
+    hidden = torch.randn(B, length, 32, generator=torch.Generator().manual_seed(0))
+    documents = torch.arange(length) // 25
+
+    def packed(b, h, q, kv):
+        return (q >= kv) & (documents[q] == documents[kv])
+
+    mask = create_block_mask(packed, None, None, length, length, device="cpu")
+    with entered(key):
+        found = RandomLayerTokenDrop(Flex(), 3, reserved_length=20)(hidden, mask)
+        indices = draw_tokens(3, B, length, 20, hidden.device).long()
+    chosen = torch.zeros(B, length, dtype=torch.bool).scatter_(1, indices, True)
+    at = torch.arange(length)
+    allowed = packed(0, 0, at[:, None], at) & (chosen[:, None, None] | torch.eye(length, dtype=torch.bool))
+    heads = hidden.unflatten(2, (2, 16)).transpose(1, 2)
+    whole = scaled_dot_product_attention(heads, heads, heads, attn_mask=allowed).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found, torch.where(chosen[..., None], whole, hidden))
 
 
 def test_the_mask_of_a_cross_attention_is_gathered_in_the_queries_only():

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 from penstock.data_pipeline.random_ltd import ops
-from penstock.data_pipeline.random_ltd.kernels import cpu
+from penstock.data_pipeline.random_ltd.kernels import any_device, cpu
 
 INDICES = torch.tensor([[0, 2, 3], [4, 1, 2]], dtype=torch.int32)
 
@@ -121,6 +121,18 @@ def test_every_dtype_and_stride(sizes, share, batch_first, dtype, of_x, of_y, se
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_on_other_devices_torchs_indexing_does_the_same(batch_first):
+    x, y = arguments(batch_first)
+    assert torch.equal(any_device.gather(x, INDICES, batch_first), ops.gather(x, INDICES, batch_first))
+    for one, other, add in ((x, y, False), (x, y, True), (x, None, False), (None, y, False)):
+        found = any_device.combine(one, other, INDICES, 5, batch_first, add)
+        assert torch.equal(found, by_hand(one, other, INDICES, 5, batch_first, add))
+        assert found.is_contiguous()
+    for operator in ("penstock::ltd_gather", "penstock::ltd_combine"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, "MPS")
+
+
 def test_tokens_of_a_broadcast_row():
     x = torch.randn(1, 5, 4).expand(2, 5, 4)
     y = torch.randn(4).expand(2, 3, 4)

@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from penstock.data_pipeline.random_ltd import RandomLayerTokenDrop, RandomLTDConfig, RandomLTDScheduler
+from penstock.data_pipeline.random_ltd import (
+    RandomLayerTokenDrop,
+    RandomLTDConfig,
+    RandomLTDScheduler,
+    convert_to_random_ltd,
+)
 
 
 def section(low=128, high=2048, steps=1000, multiple=16, **more):
@@ -47,7 +53,7 @@ def test_it_is_deepspeeds_formula_where_that_has_no_edges():
     grow=st.integers(0, 3000),
     steps=st.integers(1, 2000),
     multiple=st.integers(1, 128),
-    step=st.integers(-1, 4000),
+    step=st.integers(0, 4000),
 )
 def test_never_below_the_minimum_never_above_the_maximum_and_there_at_the_end(low, grow, steps, multiple, step):
     scheduler = RandomLTDScheduler(section(low, low + grow, steps, multiple))
@@ -57,7 +63,7 @@ def test_never_below_the_minimum_never_above_the_maximum_and_there_at_the_end(lo
     assert value % multiple == 0 or value in (low, low + grow)
     if step >= steps:
         assert value == low + grow
-    exact = low + min(max(step, 0) / steps, 1) * grow
+    exact = low + min(step / steps, 1) * grow
     assert value > exact - multiple - 1 or value == low
 
 
@@ -86,7 +92,7 @@ def test_layer_tokens_are_counted_once_for_each_step():
 
 
 def test_attached_layers_follow():
-    model = nn.Sequential(*(RandomLayerTokenDrop(nn.Linear(2, 2), i) for i in range(3)))
+    model = nn.Sequential(*(RandomLayerTokenDrop(nn.Linear(2, 2), i) for i in (1, 5, 22)))
     scheduler = RandomLTDScheduler(section(128, 256, 4, 32))
     assert scheduler.attach(model) == 3
     assert scheduler.attach(model[0]) == 0
@@ -99,6 +105,73 @@ def test_attached_layers_follow():
         scheduler.attach(nn.Linear(2, 2))
 
 
+def three_of_four(**more):
+    """A section for four layers of which three drop, all of whose rows have 8 tokens."""
+    schedule = {"min_value": 4, "max_value": 8, "schedule_config": {"require_steps": 4, "seq_per_step": 1}}
+    ids = more.pop("ids", [1, 2, 3])
+    keys = {"total_layer_num": 4, "random_ltd_layer_num": len(ids), "random_ltd_layer_id": ids}
+    return {**keys, "random_ltd_schedule": schedule, **more}
+
+
+def four_linear(section=None):
+    return convert_to_random_ltd(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), nn.Linear, section)
+
+
+@pytest.mark.parametrize(
+    ("model", "section", "message"),
+    [
+        (four_linear, three_of_four(), r"4 layers drop tokens, .* lists 3: random_ltd_layer_id=\[1, 2, 3\]"),
+        (lambda: four_linear()[:2], three_of_four(), r"layers \[0\] drop tokens, .*random_ltd_layer_id=\[1, 2, 3\]"),
+        (
+            lambda: four_linear(three_of_four()),
+            three_of_four(ids=[0, 1, 2, 3]),
+            r"random_ltd_layer_id=\[0, 1, 2, 3\], but the model was converted with random_ltd_layer_id=\[1, 2, 3\]",
+        ),
+        (
+            lambda: four_linear(three_of_four()),
+            three_of_four(route="block"),
+            "route=block, .*converted with route=layer",
+        ),
+    ],
+)
+def test_layers_that_were_converted_otherwise_are_refused(model, section, message):
+    scheduler = RandomLTDScheduler(section)
+    with pytest.raises(ValueError, match=message):
+        scheduler.attach(model())
+    assert scheduler.attach(four_linear(section)) == len(section["random_ltd_layer_id"])
+
+
+def test_a_part_of_the_layers_and_layers_one_by_one_can_be_attached():
+    section = three_of_four(route="block")
+    model, scheduler = four_linear(section), RandomLTDScheduler({**section, "global_batch_size": 8})
+    assert [scheduler.attach(part) for part in (model[:2], model[2], model)] == [1, 1, 1]
+    assert RandomLTDScheduler(three_of_four()).attach(RandomLayerTokenDrop(nn.Linear(2, 2), 9)) == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "more", "message"),
+    [
+        (9, {}, "rows have 9 tokens, but max_value=8: .* Set max_value to that length; or, .* sequence_length"),
+        (9, {"sequence_length": 8}, "rows have 9 tokens, but sequence_length=8"),
+        (5, {}, "to keep 6 tokens, but rows have 5: none is dropped"),
+        (5, {"sequence_length": 8}, None),  # rows vary
+        (7, {}, None),
+        (8, {}, None),
+        (9, {"sequence_length": 9}, None),
+    ],
+)
+def test_rows_that_do_not_go_with_the_section_are_told_once(length, more, message):
+    scheduler, model = RandomLTDScheduler(three_of_four(**more)), four_linear(three_of_four(**more))
+    scheduler.attach(model)
+    scheduler.update_seq(2)  # 6 tokens
+    model.eval()(torch.zeros(1, 99, 2))  # eval mode drops nothing, however long its rows are
+    scheduler.update_seq(2)
+    model.train()(torch.zeros(1, length, 2))
+    with pytest.warns(UserWarning, match=message) if message else nullcontext():
+        scheduler.update_seq(2)
+    scheduler.update_seq(3)
+
+
 def test_switched_off_it_keeps_everything():
     layer = RandomLayerTokenDrop(nn.Linear(2, 2), reserved_length=5)
     scheduler = RandomLTDScheduler(section(128, 256, 4, 32, enabled=False))
@@ -108,13 +181,16 @@ def test_switched_off_it_keeps_everything():
     assert scheduler.get_current_seq() == 256
 
 
-@pytest.mark.parametrize("step", [-1, -3, 1.5, "2"])
+@pytest.mark.parametrize("step", [-1, -3, 1.5, "2", True])
 def test_a_step_that_cannot_be_is_refused_and_not_counted(step):
     scheduler = RandomLTDScheduler(section())
     with pytest.raises(ValueError, match=f"steps are whole numbers from 0, got global_steps={step!r}"):
         scheduler.update_seq(step)
     with pytest.raises(ValueError, match=f"steps are whole numbers from 0, got train_iters={step!r}"):
         scheduler.get_total_layer_tokens(step)
+    for ask in (scheduler.seq_at, RandomLTDScheduler(layer_token_lr()).lr_factor_at):
+        with pytest.raises(ValueError, match=f"steps are whole numbers from 0, got step={step!r}"):
+            ask(step)
     assert scheduler.consumed_layer_tokens == 0
 
 
@@ -130,6 +206,32 @@ def test_state_goes_round():
     scheduler.update_seq(500)
     other.update_seq(500)
     assert other.consumed_layer_tokens == scheduler.consumed_layer_tokens
+
+
+@pytest.mark.parametrize(("sequence_length", "step", "kept"), [(None, 9, 8), (16, 9, 8), (None, 2, 6)])
+def test_a_schedule_that_drops_to_the_end_does_so_when_its_state_is_loaded(sequence_length, step, kept):
+    section = three_of_four() if sequence_length is None else three_of_four(sequence_length=sequence_length)
+    scheduler, model = RandomLTDScheduler(section), four_linear(section)
+    scheduler.update_seq(step)
+    other = RandomLTDScheduler(section)
+    other.attach(model)
+    other.load_state_dict(scheduler.state_dict())
+    assert [model[number].reserved_length for number in (1, 2, 3)] == [kept] * 3
+
+
+@pytest.mark.parametrize("by", ["steps", "tokens"])
+def test_a_very_long_schedule_is_counted_without_its_steps(by):
+    """The sum over the steps before each length is reached, which lie evenly for a linear growth by whole steps."""
+    a_step, steps = (1 if by == "steps" else 256), 10**9
+    more = {f"require_{by}": 2 * steps * a_step, "end": 5 * steps * a_step, "seq_per_step": 64}
+    config = by_tokens(1, low=128, high=256) if by == "tokens" else pace(128, 256)
+    config["random_ltd_schedule"]["schedule_config"] = more
+    config["global_batch_size"] = 1
+    scheduler = RandomLTDScheduler(config)
+    kept = [128, 192, 256, 256, 256, 256]
+    expected = [sum(steps * (22 * one + 2 * 256) for one in kept[:number]) for number in range(7)]
+    assert [scheduler.get_total_layer_tokens(number * steps) for number in range(7)] == expected
+    assert scheduler.kept_lengths() == [128, 192, 256]
 
 
 def test_a_state_of_another_schedule_is_refused():
@@ -268,6 +370,10 @@ def changed(**paths):
     [
         (changed(random_ltd_layer_nums=3), "unknown key 'random_ltd_layer_nums'; did you mean 'random_ltd_layer_num'"),
         (changed(random_ltd_schedule__min_vlaue=3), "random_ltd_schedule: unknown key 'min_vlaue'.*'min_value'"),
+        (
+            {"random_ltd": section()},
+            "'random_ltd' is a table around the section, .*pass what stands under 'random_ltd'",
+        ),
         (changed(total_layer_num=None), "total_layer_num: Field required"),
         (changed(random_ltd_layer_num=21), "random_ltd_layer_num=21 but random_ltd_layer_id lists 22 layers"),
         (changed(total_layer_num=22), "random_ltd_layer_id=22 is not a layer: .* 0..21"),
@@ -286,6 +392,8 @@ def changed(**paths):
         (changed(model_type="other"), "model_type: .*'decoder' or 'encoder'"),
         (section(layer_token_lr_schedule={"enabled": True}), r"needs total_layer_tokens.*get_total_layer_tokens"),
         (layer_token_lr(total_layer_tokens=5, warmup_layer_tokens=6), "warmup_layer_tokens=6 is more than"),
+        (layer_token_lr(warmup_type="log"), "warmup_type='log' without a warm-up; set warmup_layer_tokens"),
+        (layer_token_lr(decay_type="constant", min_ratio=0.1), "min_ratio=0.1 with decay_type='constant'"),
         (layer_token_lr(warmup_type="cubic"), "warmup_type: .*'linear' or 'log'"),
     ],
 )

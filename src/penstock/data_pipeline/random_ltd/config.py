@@ -18,6 +18,10 @@ class _Section(BaseModel):
     def _known_keys(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
             for name in values:
+                if name in ("random_ltd", "data_routing", "data_efficiency"):
+                    raise ValueError(
+                        f"{name!r} is a table around the section, not a key of it; pass what stands under 'random_ltd'"
+                    )
                 if name not in cls.model_fields:
                     raise ValueError(unknown_name("key", str(name), cls.model_fields))
         return values
@@ -126,6 +130,10 @@ class LayerTokenLR(_Section):
         total, warmup = self.total_layer_tokens, self.warmup_layer_tokens or 0
         if total is not None and warmup > total:
             raise ValueError(f"warmup_layer_tokens={warmup} is more than total_layer_tokens={total}")
+        if self.enabled and self.warmup_type is not None and not warmup:
+            raise ValueError(f"warmup_type={self.warmup_type!r} without a warm-up; set warmup_layer_tokens")
+        if self.enabled and self.decay_type == "constant" and self.min_ratio:
+            raise ValueError(f"min_ratio={self.min_ratio} with decay_type='constant', which never falls to it")
         return self
 
 

@@ -1,7 +1,7 @@
 """Make layers of a model drop tokens, and get the model's own state dict back."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -10,6 +10,9 @@ from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.random_ltd.config import RandomLTDConfig, read_config
 from penstock.data_pipeline.random_ltd.keep_schedule import kept_length
 from penstock.data_pipeline.random_ltd.layer import RandomLayerTokenDrop
+
+_LISTED: Final = 12
+"""Names that a message lists."""
 
 ConvertType = type[nn.Module] | str | tuple[type[nn.Module] | str, ...]
 
@@ -53,7 +56,8 @@ def convert_to_random_ltd(
     if section is not None and len(layers) != section.total_layer_num:
         raise ValueError(
             f"the config says total_layer_num={section.total_layer_num}, but the model has {len(layers)} such layers: "
-            f"{', '.join(name for name, _ in found)}"
+            f"{_some(name for name, _ in found)}. random_ltd_layer_id chooses among all layers that could drop: match "
+            "or name all of those"
         )
     wrappers = _wrappers(layers, section, dict(arguments or {}))
     for name, layer in found:
@@ -91,7 +95,8 @@ def remove_random_ltd(model: nn.Module) -> nn.Module:
 
 
 def describe_random_ltd(model: nn.Module) -> str:
-    """What :func:`convert_to_random_ltd` made of a model: its layers that drop, and how their arguments follow.
+    """What :func:`convert_to_random_ltd` made of a model: its layers that drop, how many tokens they keep at present
+    while training, and how their arguments follow.
 
     Layers whose arguments follow alike are told together.
     """
@@ -99,7 +104,8 @@ def describe_random_ltd(model: nn.Module) -> str:
     for name, module in _inside(model).named_modules():
         if isinstance(module, RandomLayerTokenDrop):
             place = "" if module.route is None else f" ({module.route} of route {module.layer_id})"
-            heading = f"{name or 'the model'}: {type(module.random_ltd_layer).__name__}{place}"
+            kept = "all tokens" if module.reserved_length is None else f"{module.reserved_length} tokens of each row"
+            heading = f"{name or 'the model'}: {type(module.random_ltd_layer).__name__}{place}, keeps {kept}"
             tables.setdefault(module.describe(), []).append(heading)
     if not tables:
         return "no layer drops tokens"
@@ -121,6 +127,12 @@ def _find(root: nn.Module, wanted: tuple[type[nn.Module] | str, ...]) -> list[tu
     everything = list(root.named_modules(remove_duplicate=False))
     known = {name for name, _ in everything}
     for name in sorted(names - known):
+        of_that_class = [place for place, module in everything if type(module).__name__ == name]
+        if of_that_class:
+            raise ValueError(
+                f"{name!r} is the class of {_some(of_that_class)}; pass the class itself, convert_to_random_ltd(model, "
+                f"{name}, ...), or the layers' qualified names"
+            )
         raise ValueError(unknown_name("layer", name, known - {""}))
     found: list[tuple[str, nn.Module]] = []
     for name, module in everything:
@@ -130,8 +142,15 @@ def _find(root: nn.Module, wanted: tuple[type[nn.Module] | str, ...]) -> list[tu
     if not found:
         looked_for = ", ".join(one if isinstance(one, str) else one.__name__ for one in wanted)
         present = sorted({type(module).__name__ for _, module in everything})
-        raise ValueError(f"the model has no layer of {looked_for}; its modules are of {', '.join(present)}")
+        raise ValueError(f"the model has no layer of {looked_for}; its modules are of {_some(present)}")
     return found
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first of the names, and how many there are beside them."""
+    listed = list(names)
+    more = f", ... and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more
 
 
 def _wrappers(
@@ -147,4 +166,5 @@ def _wrappers(
         options["arguments"] = {**options["arguments"], **arguments}
         layer = layers[layer_id]
         wrappers[layer] = RandomLayerTokenDrop(layer, reserved_length=kept_length(section, 0), **options)
+        wrappers[layer].section = section
     return wrappers

@@ -1,6 +1,8 @@
 """The kept length as a function of the run's clock, and the layer-tokens that come of it."""
 
+from bisect import bisect_right
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +19,10 @@ def kept_length(config: RandomLTDConfig, clock: int) -> int | None:
     DeepSpeed's formulas with two repairs: rounding never goes below the minimum, and the maximum is reached in time
     even when it is not a multiple of ``seq_per_step``.
     """
-    if not config.enabled:
+    pace = config.random_ltd_schedule.schedule_config
+    if not config.enabled or clock < pace.start or (pace.end is not None and clock >= pace.end):
         return None
-    kept = int(_kept_lengths(config, np.array([clock]))[0])
-    return None if kept < 0 else kept
+    return int(_growth(config, np.array([clock]))[0])
 
 
 class PlannedTokens:
@@ -47,50 +49,58 @@ class PlannedTokens:
 
     def before(self, step: int) -> int:
         """Layer-tokens of the steps ``0 .. step - 1``."""
-        growing = min(step, len(self._sums) - 1)
-        last = self.of_step(self.kept_at(len(self._sums) - 1))
-        return int(self._sums[growing]) + max(step - growing, 0) * last
+        at = bisect_right(self._begins, step) - 1
+        return self._sums[at] + (step - self._begins[at]) * self._per_step[at]
 
     def kept_at(self, step: int) -> int | None:
         """The kept length at a step; None is all."""
-        by_tokens = self._config.random_ltd_schedule.schedule_config.by_tokens
-        return kept_length(self._config, step * self.tokens_per_step if by_tokens else step)
+        return kept_length(self._config, step * self._clock_per_step)
 
     def distinct(self) -> list[int]:
         """The kept lengths that occur, the whole sequence's among them if it does, in order."""
-        kept = {self._config.full_length if one is None else one for one in map(self.kept_at, self._changes)}
-        return sorted(kept)
+        return sorted({self._config.full_length if one is None else one for one in map(self.kept_at, self._begins)})
 
     @cached_property
-    def _changing_steps(self) -> int:
-        """Steps until the kept length has come to rest."""
-        pace = self._config.random_ltd_schedule.schedule_config
-        clock = max(pace.start + pace.required, pace.end or 0) if self._config.enabled else 0
-        return -(-clock // self.tokens_per_step) if pace.by_tokens else clock
+    def _begins(self) -> list[int]:
+        """Steps from which on the kept length may be another than before, the first of them 0; in order."""
+        schedule = self._config.random_ltd_schedule
+        pace = schedule.schedule_config
+        start, rest = self._first_step(pace.start), self._first_step(pace.start + pace.required)
+        ends = [] if pace.end is None else [self._first_step(pace.end)]
+        low, high, unit = schedule.min_value, schedule.max_value, pace.seq_per_step
+        # For each length above the minimum the first step that keeps it, by bisection: there may be 10^9 steps.
+        lengths = np.append(np.arange(low - low % unit + unit, high, unit), high)
+        below, reached = np.full_like(lengths, start - 1), np.full_like(lengths, rest)
+        while (reached - below > 1).any():
+            middle = (below + reached) // 2
+            enough = _growth(self._config, middle * self._clock_per_step) >= lengths
+            below, reached = np.where(enough, below, middle), np.where(enough, middle, reached)
+        return sorted({0, start, *ends, *reached.tolist()})
 
     @cached_property
-    def _lengths(self) -> _Counts:
-        steps = np.arange(self._changing_steps, dtype=np.int64)
-        by_tokens = self._config.random_ltd_schedule.schedule_config.by_tokens
-        kept = _kept_lengths(self._config, steps * self.tokens_per_step if by_tokens else steps)
-        return np.where(kept < 0, self._config.full_length, kept)
+    def _per_step(self) -> list[int]:
+        """Layer-tokens of each step from a beginning to the next."""
+        return [self.of_step(self.kept_at(step)) for step in self._begins]
+
+    @cached_property
+    def _sums(self) -> list[int]:
+        """Layer-tokens before each beginning."""
+        counts = (
+            (end - begin) * one for (begin, end), one in zip(pairwise(self._begins), self._per_step, strict=False)
+        )
+        return list(accumulate(counts, initial=0))
 
     @property
-    def _changes(self) -> list[int]:
-        """Steps at which the kept length is another than before."""
-        changes = np.flatnonzero(np.diff(self._lengths)) + 1
-        return [0, *changes.tolist(), self._changing_steps]
+    def _clock_per_step(self) -> int:
+        return self.tokens_per_step if self._config.random_ltd_schedule.schedule_config.by_tokens else 1
 
-    @cached_property
-    def _sums(self) -> _Counts:
-        config = self._config
-        whole_layers = config.total_layer_num - config.random_ltd_layer_num
-        per_step = self._lengths * config.random_ltd_layer_num + config.full_length * whole_layers
-        return np.concatenate(([0], np.cumsum(per_step * config.global_batch_size)))
+    def _first_step(self, clock: int) -> int:
+        """The first step at or after a place of the clock."""
+        return -(-clock // self._clock_per_step)
 
 
-def _kept_lengths(config: RandomLTDConfig, clock: _Counts) -> _Counts:
-    """The kept length at each place of the clock, -1 where every token is kept."""
+def _growth(config: RandomLTDConfig, clock: _Counts) -> _Counts:
+    """The kept length at each place of the clock, as if tokens were dropped from the beginning and to the end."""
     schedule = config.random_ltd_schedule
     low, high, pace = schedule.min_value, schedule.max_value, schedule.schedule_config
     since = np.clip(clock - pace.start, 0, pace.required)
@@ -99,9 +109,4 @@ def _kept_lengths(config: RandomLTDConfig, clock: _Counts) -> _Counts:
     else:
         grown = np.floor((since / pace.required) ** (1.0 / pace.root_degree) * (high - low)).astype(np.int64)
     kept = low + grown
-    kept = np.where(since == pace.required, high, np.maximum(low, kept - kept % pace.seq_per_step))
-    # Before step 0, too, the kept length is that of the start, where nothing else was asked for.
-    dropping = clock >= pace.start if pace.start else np.ones_like(clock, dtype=bool)
-    if pace.end is not None:
-        dropping &= clock < pace.end
-    return np.where(dropping, kept, -1)
+    return np.where(since == pace.required, high, np.maximum(low, kept - kept % pace.seq_per_step))

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from penstock.data_pipeline.random_ltd.choice import draw_tokens
+from penstock.data_pipeline.random_ltd.config import RandomLTDConfig
 from penstock.data_pipeline.random_ltd.layer_inputs import KeptTokens
 from penstock.data_pipeline.random_ltd.layer_rule import LayerRule
 from penstock.data_pipeline.random_ltd.route import ENTRY, Route, RoutePart, route_of, send
@@ -51,6 +52,8 @@ class RandomLayerTokenDrop(nn.Module):
         rule: How its arguments follow the kept tokens.
         computed_tokens: Tokens that the layer computed in the last call, over all rows; 0 before the first.
         passed_tokens: Tokens of the last call that passed the layer by.
+        row_length: Tokens of a row in the last call in training, dropped ones included; 0 before the first.
+        section: What :func:`convert_to_random_ltd` was given, by which a scheduler sees that it is its own; or None.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class RandomLayerTokenDrop(nn.Module):
         self.route = route
         self.computed_tokens = 0
         self.passed_tokens = 0
+        self.row_length = 0
+        self.section: RandomLTDConfig | None = None
         hide_inner_name(self, _INNER)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,6 +101,7 @@ class RandomLayerTokenDrop(nn.Module):
         if self.route in ("inside", "end"):
             return self._call_on_route(hidden, first, args, kwargs)
         rows, length = self._rows_and_length(hidden)
+        self.row_length = length
         kept = length if self.reserved_length is None else min(self.reserved_length, length)
         if kept == length or rows == 0:
             output = self._call_whole(hidden, args, kwargs)

@@ -10,9 +10,10 @@ Both take int32 or int64 indices ``[B, K]``, distinct within a row and in ``[0, 
 Each is the other's gradient, so that both can be differentiated any number of times, and nothing but the indices is
 saved for the backward pass.
 
-The kernels are chosen by the tensors' device: :mod:`penstock.data_pipeline.random_ltd.kernels.cpu` and, for CUDA,
-Triton's in :mod:`penstock.data_pipeline.random_ltd.kernels.gpu`. An index outside its row is refused on the CPU with a
-``ValueError``; on a GPU, where looking would mean waiting for it, an assertion on the device stops the program.
+The kernels are chosen by the tensors' device: :mod:`penstock.data_pipeline.random_ltd.kernels.cpu`, Triton's for CUDA
+in :mod:`penstock.data_pipeline.random_ltd.kernels.gpu`, and torch's indexing on any other. An index outside its row is
+refused with a ``ValueError``; on a CUDA GPU, where looking would mean waiting for it, an assertion on the device stops
+the program. That the indices of a row are distinct is not checked: of one that stands twice, either token is put.
 """
 
 from typing import Any
@@ -20,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.data_pipeline.random_ltd.kernels import cpu
+from penstock.data_pipeline.random_ltd.kernels import any_device, cpu
 from penstock.data_pipeline.random_ltd.kernels.shapes import batch_and_length, with_length
 
 
-@torch.library.custom_op("penstock::ltd_gather", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("penstock::ltd_gather", mutates_args=())
 def gather(x: Tensor, indices: Tensor, batch_first: bool) -> Tensor:
     """Copy the tokens at the indices.
 
@@ -41,10 +42,11 @@ def gather(x: Tensor, indices: Tensor, batch_first: bool) -> Tensor:
     """
     length = _check_gather(x, indices, batch_first)
     _check_range(indices, length)
-    return cpu.gather(x, indices, batch_first)
+    kernels = cpu if x.device.type == "cpu" else any_device
+    return kernels.gather(x, indices, batch_first)
 
 
-@torch.library.custom_op("penstock::ltd_combine", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("penstock::ltd_combine", mutates_args=())
 def combine(
     x: Tensor | None, y: Tensor | None, indices: Tensor, length: int, batch_first: bool, add: bool = False
 ) -> Tensor:
@@ -64,9 +66,10 @@ def combine(
     Raises:
         ValueError: Shapes or dtypes do not agree, or an index lies outside its row.
     """
-    _check_combine(x, y, indices, length, batch_first, add)
+    like = _check_combine(x, y, indices, length, batch_first, add)
     _check_range(indices, length)
-    return cpu.combine(x, y, indices, length, batch_first, add)
+    kernels = cpu if like.device.type == "cpu" else any_device
+    return kernels.combine(x, y, indices, length, batch_first, add)
 
 
 @gather.register_kernel("cuda")

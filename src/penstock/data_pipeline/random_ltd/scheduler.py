@@ -1,11 +1,13 @@
 """How many tokens the dropping layers keep at each step, and how many layer-tokens that comes to."""
 
+import warnings
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
 from torch import nn
 
+from penstock.data_pipeline.random_ltd.agreement import check_agreement, told_of_rows
 from penstock.data_pipeline.random_ltd.config import RandomLTDConfig, read_config
 from penstock.data_pipeline.random_ltd.keep_schedule import PlannedTokens, kept_length
 from penstock.data_pipeline.random_ltd.layer import RandomLayerTokenDrop
@@ -36,6 +38,7 @@ class RandomLTDScheduler:
         self.random_ltd_layer_num = self.config.random_ltd_layer_num
         self._layers: list[RandomLayerTokenDrop] = []
         self._planned = PlannedTokens(self.config)
+        self._compared = False
         self._kept = kept_length(self.config, 0)
         self._step = -1
         self.consumed_layer_tokens = 0
@@ -47,7 +50,7 @@ class RandomLTDScheduler:
             How many layers were attached that were not before.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is none, or they are not the layers that the section speaks of.
         """
         found = [layer for layer in module.modules() if isinstance(layer, RandomLayerTokenDrop)]
         if not found:
@@ -55,6 +58,8 @@ class RandomLTDScheduler:
                 f"{type(module).__name__} has no layer that drops tokens; run convert_to_random_ltd on it first"
             )
         new = [layer for layer in found if not any(layer is known for known in self._layers)]
+        numbered = [] if isinstance(module, RandomLayerTokenDrop) else found
+        check_agreement(self.config, self._layers + new, numbered)
         self._layers += new
         self._apply()
         return len(new)
@@ -71,8 +76,13 @@ class RandomLTDScheduler:
 
         Raises:
             ValueError: There is no such step.
+
+        Warns:
+            UserWarning: Once, if the rows of the last call were longer than the section says, or shorter than what the
+                layers were to keep.
         """
         _check_step(global_steps, "global_steps")
+        self._compare_with_rows()
         self._kept = self._kept_at(global_steps, tokens)
         if global_steps != self._step:
             self.consumed_layer_tokens += self._planned.of_step(self._kept)
@@ -81,7 +91,8 @@ class RandomLTDScheduler:
         return self.get_current_seq()
 
     def seq_at(self, step: int, tokens: int | None = None) -> int:
-        """The kept length at a step, without going there; arguments as for :meth:`update_seq`."""
+        """The kept length at a step, without going there; arguments and errors as for :meth:`update_seq`."""
+        _check_step(step, "step")
         kept = self._kept_at(step, tokens)
         return self.config.full_length if kept is None else kept
 
@@ -111,8 +122,9 @@ class RandomLTDScheduler:
         and needs no state.
 
         Raises:
-            ValueError: The section has no ``layer_token_lr_schedule`` that is enabled.
+            ValueError: The section has no ``layer_token_lr_schedule`` that is enabled, or there is no such step.
         """
+        _check_step(step, "step")
         section = self.config.layer_token_lr_schedule
         if not section.enabled:
             raise ValueError("set layer_token_lr_schedule.enabled and total_layer_tokens in the section")
@@ -164,8 +176,9 @@ class RandomLTDScheduler:
             )
         self.consumed_layer_tokens = int(state["consumed_layer_tokens"])
         self._step = int(state["current_steps"])
-        current = int(state["current_value"])
-        self._kept = None if current == self.config.full_length else current
+        by_tokens = self.config.random_ltd_schedule.schedule_config.by_tokens
+        # A whole sequence by the state is kept whole as a number too: no layer drops at its rows' length.
+        self._kept = int(state["current_value"]) if by_tokens else kept_length(self.config, max(self._step, 0))
         self._apply()
 
     def _kept_at(self, step: int, tokens: int | None) -> int | None:
@@ -186,11 +199,20 @@ class RandomLTDScheduler:
                 "section, or call update_seq(step, tokens=...)"
             )
 
+    def _compare_with_rows(self) -> None:
+        length = max((layer.row_length for layer in self._layers), default=0)
+        if self._compared or not length:
+            return
+        text = told_of_rows(self.config, self._kept, length)
+        if text is not None:
+            self._compared = True
+            warnings.warn(text, stacklevel=3)
+
     def _apply(self) -> None:
         for layer in self._layers:
             layer.reserved_length = self._kept
 
 
 def _check_step(step: object, name: str) -> None:
-    if not isinstance(step, Integral) or int(step) < 0:
+    if isinstance(step, bool) or not isinstance(step, Integral) or int(step) < 0:
         raise ValueError(f"steps are whole numbers from 0, got {name}={step!r}")

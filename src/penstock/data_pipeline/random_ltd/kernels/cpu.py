@@ -17,6 +17,7 @@ request, so large outputs are NumPy's memory.
 import ctypes
 import importlib.util
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Final
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from penstock.data_pipeline.random_ltd.kernels.shapes import batch_and_length, with_length
+from penstock.data_pipeline.random_ltd.kernels.torch_threads import has_torch_threads
 
 LARGE: Final = 1 << 22
 STREAMED: Final = 1 << 24
@@ -126,10 +128,10 @@ def _copy(tensors: tuple[Tensor, ...], at_BS: Tensor, out: Tensor, batch_first: 
     """Fill ``out`` with the tokens that begin at these addresses in the tensors."""
     at = (at_BS if batch_first else at_BS.t()).flatten()
     word, width = tensors[0].element_size(), tensors[0].shape[2]
-    if out.nbytes >= STREAMED and width * word >= _LONG and _has_numba():
+    if out.nbytes >= STREAMED and width * word >= _LONG and _can_stream():
         from penstock.data_pipeline.random_ltd.kernels import cpu_streaming
 
-        return cpu_streaming.copy_tokens(tensors, (at * word).numpy(), out)
+        return cpu_streaming.copy_tokens((at * word).numpy(), out)
     begin, end = _span(*tensors)
     memory = (ctypes.c_char * ((end - begin) * word)).from_address(begin * word)
     # What a token would be that began at any word: overlapping rows, read only where there are some.
@@ -139,8 +141,15 @@ def _copy(tensors: tuple[Tensor, ...], at_BS: Tensor, out: Tensor, batch_first: 
 
 
 @cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _can_stream() -> bool:
+    if importlib.util.find_spec("numba") is None or not has_torch_threads():
+        return False
+    try:
+        importlib.import_module("penstock.data_pipeline.random_ltd.kernels.cpu_streaming")
+    except (ImportError, RuntimeError) as error:  # numba is of another numpy, or has no folder to keep its code in
+        warnings.warn(f"large tensors are copied without numba, which cannot be used here: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _extent(tokens: Tensor) -> int:

@@ -4,28 +4,28 @@ A store reads its cache line before it changes it. Of a line that is overwritten
 it is a third of the traffic. A large ``memcpy`` therefore writes past the caches, but a token is too short for it to do
 so. Here tokens are copied past the caches one by one, and eight side by side: the processor's own prefetching ends
 with a page of memory, which is a token or a few, and only several places that are read at once keep the memory busy.
+
+The threads are torch's own: others would share the cores with them, which wait for their next work by spinning. Each
+takes a few tokens at a time until none is left, so that one which is held up does not hold up the rest.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from typing import Any, Final
 
 import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor
 
+from penstock.data_pipeline.random_ltd.kernels.torch_threads import run_on_torch_threads
+
 _LINE: Final = 64
 _ABREAST: Final = 8
-_SHARE: Final = 1 << 22
-"""Bytes that are worth a thread: tens of microseconds to wake it, hundreds to copy them."""
+_SHARE: Final = 1 << 18
+"""Bytes that a thread takes at a time: tens of microseconds, and a few hundred shares of a large output."""
 
-_BYTE, _WORD = ir.IntType(8), ir.IntType(32)
+_BYTE, _WORD, _LONG = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _emitted: Any = intrinsic  # typed as a function of the context too, which the compiler passes
 
 
@@ -57,6 +57,27 @@ def _copy_bytes(_context, _target, _source, _count):
 
 
 @_emitted
+def _number_at(_context, _address):
+    """The int64 at an address."""
+
+    def emit(_, builder, __, addresses):
+        return builder.load(builder.inttoptr(addresses[0], _LONG.as_pointer()))
+
+    return numba.int64(numba.intp), emit
+
+
+@_emitted
+def _add_at(_context, _address, _more):
+    """Add to the int64 at an address and return what it was, undivided by what other threads do."""
+
+    def emit(_, builder, __, arguments):
+        address, more = arguments
+        return builder.atomic_rmw("add", builder.inttoptr(address, _LONG.as_pointer()), more, "monotonic")
+
+    return numba.int64(numba.intp, numba.int64), emit
+
+
+@_emitted
 def _fence(_context):
     """What was written past the caches is seen by other threads before anything that follows."""
 
@@ -66,7 +87,7 @@ def _fence(_context):
     return numba.void(), emit
 
 
-@numba.njit("void(intp, int64[::1], intp, intp, intp)", cache=True, nogil=True)
+@numba.njit("void(intp, intp, intp, intp, intp)", cache=True)
 def _copy_some(target, sources, size, begin, end):
     """Tokens ``begin`` to ``end``; of each, the lines past the caches, and what lies before and after as usual."""
     aligned = target % _LINE == 0 and size % _LINE == 0
@@ -76,48 +97,41 @@ def _copy_some(target, sources, size, begin, end):
         for one in range(_ABREAST):
             token = min(first + one, end - 1)
             to = target + token * size
-            _copy_bytes(to, sources[token], -to % _LINE)
+            _copy_bytes(to, _number_at(sources + 8 * token), -to % _LINE)
         for at in range(0, lines * _LINE, _LINE):
             for one in range(_ABREAST):
                 token = min(first + one, end - 1)
                 to = target + token * size
                 before = -to % _LINE
-                _stream_line(to + before + at, sources[token] + before + at)
+                _stream_line(to + before + at, _number_at(sources + 8 * token) + before + at)
         for one in range(_ABREAST):
             token = min(first + one, end - 1)
             to = target + token * size
             done = -to % _LINE + lines * _LINE
-            _copy_bytes(to + done, sources[token] + done, size - done)
+            _copy_bytes(to + done, _number_at(sources + 8 * token) + done, size - done)
     _fence()
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="penstock-copy")
+@numba.cfunc("void(intp)", cache=True)
+def _take_shares(job):
+    """What each thread does; ``job`` is the address of the numbers that :func:`copy_tokens` lists."""
+    target, sources, size = _number_at(job + 8), _number_at(job + 16), _number_at(job + 24)
+    count, share = _number_at(job + 32), _number_at(job + 40)
+    begin = _add_at(job, share)
+    while begin < count:
+        _copy_some(target, sources, size, begin, min(begin + share, count))
+        begin = _add_at(job, share)
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # its threads have stayed in the parent
-
-
-def copy_tokens(tokens: tuple[Tensor, ...], sources: npt.NDArray[np.int64], out: Tensor) -> None:
-    """Copy tokens beside each other, on as many threads as torch uses.
+def copy_tokens(sources: npt.NDArray[np.int64], out: Tensor) -> None:
+    """Copy tokens beside each other, on as many threads as torch uses; returns when all are copied.
 
     Args:
-        tokens: Where they lie; kept in memory until the last thread is done.
-        sources: Address of each token of the output, in its order.
+        sources: Address of each token of the output, in its order; contiguous.
         out: Contiguous; ``len(sources)`` tokens of at least a line (64 bytes).
     """
     count, size = len(sources), out.nbytes // len(sources)
-    threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1, out.nbytes // _SHARE))
-    (_, first), *others = pairwise(count * thread // threads for thread in range(threads + 1))
-    pending = [_pool().submit(_copy_between, tokens, sources, out, *between) for between in others]
-    _copy_some(out.data_ptr(), sources, size, 0, first)
-    for part in pending:
-        part.result()
-
-
-def _copy_between(
-    tokens: tuple[Tensor, ...], sources: npt.NDArray[np.int64], out: Tensor, begin: int, end: int
-) -> None:
-    # Holding the tensors: whoever waits may be interrupted and let go of them while this still writes.
-    _copy_some(out.data_ptr(), sources, out.nbytes // len(sources), begin, end)
+    share = max(1, _SHARE // (size * _ABREAST)) * _ABREAST
+    next_token = 0
+    job = np.array([next_token, out.data_ptr(), sources.ctypes.data, size, count, share], dtype=np.int64)
+    run_on_torch_threads(_take_shares.address, job.ctypes.data, most=-(-count // share))

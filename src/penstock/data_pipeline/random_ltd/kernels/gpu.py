@@ -41,7 +41,7 @@ def _gather_kernel(
     row, at = token // kept, token % kept
     source = tl.load(indices + row * indices_row + at * indices_token, mask=inside, other=0).to(tl.int64)
     tl.device_assert((source >= 0) & (source < length), "token index outside its row")
-    word = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    word = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     mask = inside[:, None] & (word < width)[None, :]
     value = tl.load(x + (row * x_row + source * x_token)[:, None] + (word * x_word)[None, :], mask=mask)
     tl.store(out + (row * out_row + at * out_token)[:, None] + word[None, :], value, mask=mask)
@@ -58,7 +58,7 @@ def _combine_kernel(
     inside = token < tokens
     row, at = token // length, token % length
     source = tl.load(inverse + token, mask=inside, other=-1).to(tl.int64)
-    word = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    word = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
     mask = inside[:, None] & (word < width)[None, :]
     ours = (source >= 0)[:, None]
     value = tl.zeros((TOKENS, WIDTH), out.dtype.element_ty)
@@ -83,10 +83,11 @@ def gather(x: Tensor, indices_BK: Tensor, batch_first: bool) -> Tensor:
         return out
     source, target = _tokens(x, batch_first), _tokens(out, batch_first)
     grid, tile = _grid(batch * kept, source)
-    _gather_kernel[grid](
-        source, indices_BK, target, batch * kept, kept, source.shape[1], source.shape[2],
-        *source.stride(), *target.stride()[:2], *indices_BK.stride(), **tile,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # which need not be the current one, where Triton would launch
+        _gather_kernel[grid](
+            source, indices_BK, target, batch * kept, kept, source.shape[1], source.shape[2],
+            *source.stride(), *target.stride()[:2], *indices_BK.stride(), **tile,
+        )  # fmt: skip
     return out
 
 
@@ -104,11 +105,12 @@ def combine(
     others = target if y is None else _tokens(y, batch_first, as_numbers=add)
     tokens = indices_BK.shape[0] * length
     grid, tile = _grid(tokens, target)
-    _combine_kernel[grid](
-        passing, others, _inverse(indices_BK, length), target, tokens, length, target.shape[2],
-        *passing.stride(), *others.stride(), *target.stride()[:2],
-        HAS_X=x is not None, HAS_Y=y is not None, ADD=add, SUM_TYPE=_SUM_TYPES.get(target.dtype, tl.int64), **tile,
-    )  # fmt: skip
+    with torch.cuda.device_of(like):
+        _combine_kernel[grid](
+            passing, others, _inverse(indices_BK, length), target, tokens, length, target.shape[2],
+            *passing.stride(), *others.stride(), *target.stride()[:2],
+            HAS_X=x is not None, HAS_Y=y is not None, ADD=add, SUM_TYPE=_SUM_TYPES.get(target.dtype, tl.int64), **tile,
+        )  # fmt: skip
     return out
 
 

@@ -60,7 +60,8 @@ def sample(streams: U64Array, length: int, kept: int, device: torch.device) -> T
     indices = torch.empty(layers, batch, kept, dtype=torch.int32, device=device)
     on_device = torch.from_numpy(streams.view(np.int64)).to(device)
     block = triton.next_power_of_2(length)
-    _sample_kernel[(layers * batch,)](on_device, indices, length, kept, BLOCK=block, num_warps=_warps(block))
+    with torch.cuda.device_of(indices):  # which need not be the current one, where Triton would launch
+        _sample_kernel[(layers * batch,)](on_device, indices, length, kept, BLOCK=block, num_warps=_warps(block))
     return indices
 
 
