@@ -42,8 +42,9 @@ def gather(x: Tensor, indices: Tensor, batch_first: bool) -> Tensor:
     """
     length = _check_gather(x, indices, batch_first)
     _check_range(indices, length)
-    kernels = cpu if x.device.type == "cpu" else any_device
-    return kernels.gather(x, indices, batch_first)
+    if x.device.type == "cpu":
+        return cpu.gather(x, indices, batch_first)
+    return any_device.gather(x, indices, batch_first)
 
 
 @torch.library.custom_op("penstock::ltd_combine", mutates_args=())
@@ -68,8 +69,9 @@ def combine(
     """
     like = _check_combine(x, y, indices, length, batch_first, add)
     _check_range(indices, length)
-    kernels = cpu if like.device.type == "cpu" else any_device
-    return kernels.combine(x, y, indices, length, batch_first, add)
+    if like.device.type == "cpu":
+        return cpu.combine(x, y, indices, length, batch_first, add)
+    return any_device.combine(x, y, indices, length, batch_first, add)
 
 
 @gather.register_kernel("cuda")

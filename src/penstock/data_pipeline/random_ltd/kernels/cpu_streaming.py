@@ -134,4 +134,6 @@ def copy_tokens(sources: npt.NDArray[np.int64], out: Tensor) -> None:
     share = max(1, _SHARE // (size * _ABREAST)) * _ABREAST
     next_token = 0
     job = np.array([next_token, out.data_ptr(), sources.ctypes.data, size, count, share], dtype=np.int64)
-    run_on_torch_threads(_take_shares.address, job.ctypes.data, most=-(-count // share))
+    function = _take_shares.address
+    assert function is not None  # compiled when it was decorated
+    run_on_torch_threads(function, job.ctypes.data, most=-(-count // share))
