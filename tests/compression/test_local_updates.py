@@ -227,3 +227,19 @@ def test_each_method_learns_alone(method: Any) -> None:
             inner.step()
     x = torch.randn(1000, 13, generator=torch.Generator().manual_seed(999))
     assert float((net(x) - x.sum(1, keepdim=True)).detach().square().mean()) < 8.0  # of a variance of 13
+
+
+def test_parameters_in_half_precision_move_by_gradients_alone() -> None:
+    """One gradient, then nothing but outer momentum: what rounding changed is no way that was gone."""
+    anchors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter = nn.Parameter(torch.linspace(0.5, 1.5, 256).bfloat16().to(dtype))
+        optimizer = torch.optim.SGD([parameter], lr=1 / 64)
+        with DiLoCo(optimizer, period=1, replicas=1) as local:
+            for step in range(60):
+                parameter.grad = torch.full_like(parameter, float(step == 0))
+                optimizer.step()
+            anchors.append(local.common_state()[parameter]["anchor"].clone())
+    exact, rounded = anchors
+    assert (exact - torch.linspace(0.5, 1.5, 256)).abs().min() > 0.05
+    assert (exact - rounded).abs().max() < 2.0**-7  # a unit in the last place of bfloat16 at 1

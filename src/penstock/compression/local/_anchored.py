@@ -89,10 +89,13 @@ class AnchoredBucket:
         """Launch the exchange of how far this replica is from the anchor after ``step`` steps."""
         for gap in self._gaps:
             gap.zero_()
-        for view, parameter in zip(self._views, self.layout.parameters, strict=True):
-            view.copy_(parameter.detach())
-        if not self._averages:
-            torch.sub(self.anchor, self.exchanged, out=self.exchanged)
+        for view, anchor, parameter in zip(self._views, self.anchor_views, self.layout.parameters, strict=True):
+            if self._averages:
+                view.copy_(parameter.detach())
+            else:
+                # The way starts where the replica was put. In half precision that is not the anchor, but its rounding:
+                # from the anchor a replica would seem to move when it does not, and a momentum would feed on that.
+                view.copy_(anchor.to(parameter.dtype)).sub_(parameter.detach())
         if self.memory is not None and self._error_decay != 1.0:
             self.memory.worker.mul_(self._error_decay)
         self._reduction.start(step)
