@@ -25,6 +25,7 @@ from penstock.compression.error_feedback import memory_dtype
 from penstock.compression.error_memory import empty_memories
 from penstock.compression.group import ranks_of
 from penstock.compression.local._anchored import AnchoredBucket
+from penstock.compression.local._scaled_steps import ScaledSteps
 from penstock.compression.local.fragment_schedule import FragmentSchedule
 from penstock.compression.local.outer_step import OuterStep
 from penstock.compression.rechunk import rechunked
@@ -160,6 +161,7 @@ class LocalUpdates:
             self._fragments[owner[bucket.layout.set_index]].append(bucket)
         self._check_start = not alone
         self._start_check = partial(check_same_start, self._parameters(), group, meter=meter, watcher=watcher)
+        self._scaled = ScaledSteps(optimizer)
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -175,6 +177,7 @@ class LocalUpdates:
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
             ]
+            self._scaled.attach()
         return self
 
     def detach(self) -> None:
@@ -182,6 +185,7 @@ class LocalUpdates:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._scaled.detach()
 
     @contextmanager
     def common_weights(self) -> Iterator[None]:
@@ -329,9 +333,11 @@ class LocalUpdates:
             self._check_start = False
         with torch.no_grad():
             self._drop_anchors()
+            self._scaled.before_step()
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
+        self._scaled.after_step()
         self.step += 1
         for flight in list(self._in_flight):
             if flight.sent_after + self.schedule.overlap == self.step:

@@ -80,6 +80,7 @@ class FlatBucket:
         weights: What updates are made to: each parameter, or its view into the masters.
         memory: The error memories; None on one replica and for lossless algorithms.
         replicas: How many there are.
+        gradient_scale: What gradients are divided by as they are read, ``[]``; None to take them as they are.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class FlatBucket:
         self.states = {name: layout.new_flat() for name in states}
         self.exchanged = layout.new_flat()
         self.exchanged_views = layout.views(self.exchanged)
+        self.gradient_scale: Tensor | None = None
         self.weights: list[Tensor] = list(layout.parameters)
         if masters or any(parameter.dtype != layout.dtype for parameter in layout.parameters):
             self.states[MASTER] = layout.new_flat()
@@ -183,6 +185,8 @@ class FlatBucket:
                 raise ValueError(f"{name} has a sparse gradient; make its embedding with sparse=False")
             else:
                 view.copy_(parameter.grad)
+                if self.gradient_scale is not None:
+                    view.div_(self.gradient_scale.to(view.device))
 
     def cut_off(self) -> None:
         """What compression made where no gradient ever is goes, from the exchange buffer and the memories."""

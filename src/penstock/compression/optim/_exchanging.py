@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -17,6 +18,8 @@ from penstock.compression.algorithms.none import NoCompression
 from penstock.compression.buckets import NamedParameter, make_buckets
 from penstock.compression.error_feedback import memory_dtype
 from penstock.compression.error_memory import empty_memories
+from penstock.compression.grad_scaler import gradient_scale, overflowed
+from penstock.compression.group import ranks_of
 from penstock.compression.masks import check_masks
 from penstock.compression.optim._bucket import MASTER, FlatBucket
 from penstock.compression.rechunk import rechunked
@@ -47,6 +50,7 @@ class ExchangingOptimizer(Optimizer, ABC):
     """
 
     owns_exchange = True
+    _step_supports_amp_scaling = True  # so that with a GradScaler, too, all replicas step or none does
 
     def __init__(
         self,
@@ -93,6 +97,7 @@ class ExchangingOptimizer(Optimizer, ABC):
             for layout, chosen in planned
         ]
         self._check_start: Callable[[], None] | None = self._start_check(group, meter, watcher)
+        self._overflowed = partial(overflowed, self, group, alone=ranks_of(group) == 1, meter=meter, watcher=watcher)
         self._expose_state()
 
     @overload
@@ -104,6 +109,8 @@ class ExchangingOptimizer(Optimizer, ABC):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Exchange and update; every replica must call it.
+
+        With a ``torch.amp.GradScaler`` on every replica, no replica steps where a gradient of any overflowed.
 
         Args:
             closure: Reevaluates the model and returns the loss.
@@ -118,6 +125,10 @@ class ExchangingOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         self._before_first_step()
+        if self._overflowed():
+            return loss
+        for bucket in self._all_buckets():
+            bucket.gradient_scale = gradient_scale(self)
         self._advance(self._steps_done() + 1)
         self._count_step()
         return loss
@@ -145,6 +156,7 @@ class ExchangingOptimizer(Optimizer, ABC):
         for bucket in self._all_buckets():
             bucket.bind(group, alone=replicas == 1, meter=meter, watcher=watcher)
         self._check_start = None if replicas == 1 else self._start_check(group, meter, watcher)
+        self._overflowed = partial(overflowed, self, group, alone=replicas == 1, meter=meter, watcher=watcher)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Groups are given when the optimizer is made.
