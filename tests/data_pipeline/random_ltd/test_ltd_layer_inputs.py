@@ -1,5 +1,8 @@
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +17,11 @@ from penstock.data_pipeline.random_ltd.layer_rule import LayerRule
 
 B, S, D = 2, 6, 3
 INDICES = torch.tensor([[0, 2, 5], [1, 2, 3]], dtype=torch.int32)
+
+
+@dataclass(slots=True)
+class Slotted:
+    lengths: torch.Tensor | None
 
 
 class Layer(nn.Module):
@@ -300,9 +308,54 @@ def test_any_other_mask_for_all_rows_is_refused():
 
 def test_tensors_of_tokens_in_an_object_are_refused():
     holder = SimpleNamespace(lengths=torch.zeros(B, S))
-    with pytest.raises(ValueError, match=r"SimpleNamespace whose lengths has shape \(2, 6\)"):
-        kept().inputs("metadata", holder)
+    holders = {
+        "SimpleNamespace whose lengths": holder,
+        "SimpleNamespace whose parts": SimpleNamespace(parts=[None, torch.zeros(S)]),
+        "Slotted whose lengths": Slotted(torch.zeros(B, S)),
+        "UserDict whose data": UserDict(lengths=torch.zeros(B, S)),
+        "ndarray that": np.zeros((B, S)),
+    }
+    for told, value in holders.items():
+        with pytest.raises(ValueError, match=rf"{told} has shape \([\d, ]+\), with a dimension of 6"):
+            kept().inputs("metadata", value)
     assert kept(metadata="pass").inputs("metadata", holder) is holder
+    for harmless in (SimpleNamespace(parts=[torch.zeros(B)]), Slotted(None), np.zeros(5), nn.Linear(S, S)):
+        assert kept().inputs("metadata", harmless) is harmless
+
+
+def test_a_dict_of_another_class_stays_one():
+    ids = torch.arange(B * S).reshape(B, S)
+    found = kept().inputs("metadata", OrderedDict(position_ids=ids, other=3))
+    assert type(found) is OrderedDict
+    assert torch.equal(found["position_ids"], rows_of(ids))
+    assert found["other"] == 3
+
+
+class TwoStreams(nn.Module):
+    def forward(self, hidden, residual=None):
+        residual = hidden if residual is None else hidden + residual
+        return torch.tanh(residual), residual
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_second_stream_of_kept_tokens_does_not_meet_other_tokens(batch_first):
+    order = "batch_seq_dim" if batch_first else "seq_batch_dim"
+    first, second = (
+        RandomLayerTokenDrop(TwoStreams(), at, reserved_length=4, hidden_state_order=order) for at in range(2)
+    )
+    hidden, residual = first(torch.randn((B, 10, 8) if batch_first else (10, B, 8)))
+    with pytest.raises(ValueError, match=r"has as many tokens as are kept, 4: .*route='block'"):
+        second(hidden, residual)
+    second.rule = LayerRule.of(TwoStreams(), {"residual": "pass"}, batch_first=batch_first)
+    second(hidden, residual)  # on the user's word
+    begin, end = (
+        RandomLayerTokenDrop(TwoStreams(), 0, reserved_length=4, hidden_state_order=order, route=part)
+        for part in ("begin", "end")
+    )
+    hidden = torch.randn((B, 10, 8) if batch_first else (10, B, 8))
+    out, residual = end(*begin(hidden))  # of the same tokens
+    assert out.shape == hidden.shape
+    assert residual.shape == ((B, 4, 8) if batch_first else (4, B, 8))
 
 
 def test_gathered_inputs_carry_gradients():

@@ -165,7 +165,7 @@ class RandomLayerTokenDrop(nn.Module):
         """Call the layer with its hidden states replaced by the kept ones and everything else cut down to them."""
         rows, kept = indices.shape
         self.computed_tokens, self.passed_tokens = rows * kept, rows * (length - kept)
-        tokens = KeptTokens(indices, length, kept_hidden.shape[-1], self.rule)
+        tokens = KeptTokens(indices, length, kept_hidden.shape[-1], self.rule, on_route=self.route in ("inside", "end"))
         named = kwargs if args else {**kwargs, self._hidden_name(kwargs): kept_hidden}
         # A cache that cannot be gone on from is told before what is only a consequence of it.
         caches_first = sorted(kwargs, key=lambda name: self.rule.kind_of(name) != "cache")

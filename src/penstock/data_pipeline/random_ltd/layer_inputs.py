@@ -4,10 +4,12 @@ The rule is the table of :mod:`penstock.data_pipeline.random_ltd.layer_rule`. No
 table does not name is read by its shape only if that can be read in one way, and S is no other size that is at hand.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,12 +27,14 @@ class KeptTokens:
         length: Tokens of each row before dropping (S).
         width: Last dimension of the hidden states (D).
         rule: The layer's.
+        on_route: Whether the layer before kept the same tokens, and may hand on what it made of them.
     """
 
     indices: Tensor
     length: int
     width: int
     rule: LayerRule
+    on_route: bool = False
 
     def inputs(self, path: str, value: Any) -> Any:
         """An argument among the kept tokens.
@@ -64,6 +68,7 @@ class KeptTokens:
         rows, shape = self.indices.shape[0], tuple(tensor.shape)
         if kind == BY_SHAPE:
             if self.length not in shape:
+                self._check_no_other_choice(path, tensor)
                 return tensor
             if self.length in (rows, self.width):
                 other = f"{rows} rows" if self.length == rows else f"the hidden states' width of {self.width}"
@@ -112,14 +117,27 @@ class KeptTokens:
                 "drops tokens cannot go on from it; use a cache in eval mode, where no layer drops"
             )
 
+    def _check_no_other_choice(self, path: str, tensor: Tensor) -> None:
+        """Refuse what another dropping layer made of tokens that it chose: they would meet others here."""
+        rows, kept = self.indices.shape
+        order = (rows, kept) if self.rule.batch_first else (kept, rows)
+        if tuple(tensor.shape) == (*order, self.width) and not self.on_route:
+            raise ValueError(
+                f"{self._told(path, tensor)} has as many tokens as are kept, {kept}: what a layer makes of its kept "
+                "tokens beside the hidden states does not go with those of another. Let the layers drop the same "
+                "tokens (route='block'), or hand on one tensor of hidden states; if these are no tokens, declare it to "
+                f"pass: arguments={{{path!r}: 'pass'}}"
+            )
+
     def _check_plain(self, path: str, value: object) -> None:
-        """Refuse an object with tensors of tokens inside: it would pass with all of them."""
-        if isinstance(value, nn.Module) or not hasattr(value, "__dict__") or isinstance(value, type):
+        """Refuse an array, or an object with tensors of tokens inside: it would pass with all of them."""
+        if self.rule.kind_of(path) != BY_SHAPE or isinstance(value, nn.Module | type):
             return
-        for name, item in vars(value).items():
-            if isinstance(item, Tensor) and self.length in item.shape and self.rule.kind_of(path) == BY_SHAPE:
+        for name, shape in _shapes_inside(value):
+            if self.length in shape:
+                whose = f" whose {name}" if name else " that"
                 raise ValueError(
-                    f"the argument {path!r} is a {type(value).__name__} whose {name} has shape {tuple(item.shape)}, "
+                    f"the argument {path!r} is a {type(value).__name__}{whose} has shape {shape}, "
                     f"with a dimension of {self.length} like the tokens of a row; hand its tensors to the layer as "
                     f"arguments, in tuples or in dicts, or declare it to pass: arguments={{{path!r}: 'pass'}}"
                 )
@@ -134,12 +152,37 @@ class KeptTokens:
 def map_nest(function: Callable[[str, Any], Any], value: Any) -> Any:
     """Apply ``function(name, item)`` to the items of a tuple, list or dict; their names are numbers, fields or keys."""
     if isinstance(value, dict):
-        return {name: function(str(name), item) for name, item in value.items()}
+        mapped = {name: function(str(name), item) for name, item in value.items()}
+        if type(value) is dict:
+            return mapped
+        changed = copy.copy(value)  # of a class of its own, such as transformers' outputs with their attributes
+        for name, item in mapped.items():
+            changed[name] = item
+        return changed
     names = getattr(value, "_fields", range(len(value)))
     items = [function(str(name), item) for name, item in zip(names, value, strict=True)]
     if isinstance(value, list):
         return items
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _shapes_inside(value: object) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the arrays that an object is or holds: in attributes, and in collections that these are."""
+    if isinstance(value, np.ndarray):
+        yield "", value.shape
+        return
+    slots = (name for kind in type(value).__mro__ for name in _slots(kind))
+    for name in (*slots, *getattr(value, "__dict__", ())):
+        item = getattr(value, name, None)
+        held = item.values() if isinstance(item, Mapping) else item if isinstance(item, tuple | list) else (item,)
+        for one in held:
+            if isinstance(one, Tensor | np.ndarray):
+                yield name, tuple(one.shape)
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = getattr(kind, "__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _has_odd_sections(layout: Layout, shape: tuple[int, ...], rows: int) -> bool:
