@@ -1,5 +1,6 @@
 """Copying past the caches, beside plain indexing."""
 
+import importlib
 import os
 
 import numpy as np
@@ -108,6 +109,19 @@ def test_a_function_is_called_once_on_each_of_torchs_threads(threads, most, expe
     calls = np.zeros(1, dtype=np.int64)
     torch_threads.run_on_torch_threads(count.address, calls.ctypes.data, most=most)
     assert calls[0] == expected
+
+
+@pytest.mark.parametrize("error", [ImportError("Numba needs NumPy 2.2 or less"), RuntimeError("no locator available")])
+def test_numba_that_cannot_be_used_is_told_once_and_done_without(error, monkeypatch):
+    def refuse(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    cpu._can_stream.cache_clear()
+    with pytest.warns(UserWarning, match=f"copied without numba, which cannot be used here: {error}"):
+        assert not cpu._can_stream()
+    assert not cpu._can_stream()
+    cpu._can_stream.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
