@@ -1,5 +1,8 @@
 """Hugging Face models cut into layers: the model's own loss and gradients, on one stage and on two."""
 
+import gc
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,30 @@ def test_a_loaded_model_which_is_in_eval_mode_is_trained() -> None:
     stages = [PipelineModule(hf_layers(model), num_stages=2).build_stage(number) for number in range(2)]
     assert all(module.training for stage in stages for module in stage.modules())
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("name", "masks"), [("llama", 1), ("gpt2", 1), ("qwen2, windows from layer 1", 2)])
+def test_a_mask_is_made_once_for_the_blocks_of_a_stage(name: str, masks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    made: list[Tensor] = []
+
+    def noted(original: Any, **arguments: Any) -> Tensor:
+        made.append(original(**arguments))
+        return made[-1]
+
+    for maker in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        monkeypatch.setattr(masking_utils, maker, partial(noted, getattr(masking_utils, maker)))
+    ids_BS, mask_BS, _ = batch()
+    stage = PipelineModule(hf_layers(build(name)), num_stages=1).build_stage(0, dtype=torch.float64)
+    for given in (mask_BS, mask_BS.clone()):
+        made.clear()
+        stage({"input_ids": ids_BS, "attention_mask": given})
+        assert len(made) == masks
+    kept = weakref.ref(made[0])
+    made.clear()
+    gc.collect()
+    assert kept() is None  # masks go with the values that they were made for
 
 
 def job(rank: int, world_size: int, name: str, stages: int, folder: str) -> list[float]:

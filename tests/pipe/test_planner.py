@@ -22,6 +22,7 @@ from penstock.pipe.planner import (
     Profile,
     best_bounds,
     kept_bytes,
+    least_seconds,
     load_profiles,
     measure_layers,
     plan,
@@ -291,6 +292,39 @@ def test_a_search_moves_several_cuts_at_once() -> None:
         return {aim: 0.0, (0, 2, 4, 6): 1.0}.get(bounds, 2.0)
 
     assert best_bounds([1.0] * 6, 3, score, all_up_to=0) == aim
+
+
+@given(
+    times=st.lists(st.tuples(st.floats(0.1, 5.0), st.integers(0, 3)), min_size=8, max_size=10),
+    schedule=st.sampled_from(["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v"]),
+    micro_batches=st.integers(1, 6),
+    interval=st.integers(0, 2),
+)
+@settings(max_examples=15)
+def test_the_bound_holds_and_passes_over_nothing_better(
+    times: list[tuple[float, int]], schedule: str, micro_batches: int, interval: int
+) -> None:
+    layers = tuple(layer(f, f * (1 + kind), output=kind, state=kind, update=0.1 * kind) for f, kind in times)
+    profile = Profile(1, layers, latency=0.1, seconds_per_byte=0.05, action=0.02, step=0.3, reading=0.01)
+    table = get_schedule(schedule, 2, micro_batches)
+    seconds = {}
+    for bounds in all_bounds(len(layers), table.num_stages):
+        seconds[bounds] = predict(profile, table, bounds, interval).seconds
+        assert least_seconds(profile, table, bounds, interval) <= seconds[bounds] * (1 + 1e-9)
+    if all(kind for _, kind in times):
+        assert seconds[plan_bounds(profile, table, interval)] == pytest.approx(min(seconds.values()))
+
+
+def test_divisions_that_cannot_be_better_are_not_scored() -> None:
+    scored = []
+
+    def score(bounds: tuple[int, ...]) -> float:
+        scored.append(bounds)
+        return float(bounds[1])
+
+    found = best_bounds([1.0] * 8, 2, score, least=lambda bounds: bounds[1] - 0.5)
+    assert found == (0, 1, 8)
+    assert scored == [(0, 4, 8), (0, 1, 8)]
 
 
 def test_a_heavy_head_gets_a_stage_with_few_layers() -> None:

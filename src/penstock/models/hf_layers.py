@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from penstock._core.suggest import unknown_name
 from penstock.pipe.layer_spec import TiedLayerSpec
@@ -19,6 +20,9 @@ FAMILIES: Final = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 _OLDEST: Final = 5
 
 HFValue = dict[str, Tensor]
+
+_MASKS: Final = WeakTensorKeyDictionary()
+"""For each tensor of positions, as long as it lives, the masks that were made for it."""
 
 
 def hf_layers(model: Any) -> list[nn.Module | TiedLayerSpec]:
@@ -150,7 +154,7 @@ class HFBlock(nn.Module):
         x_BSD, positions_BS = value["hidden"], value["position_ids"]
         y_BSD = self.block(
             x_BSD,
-            attention_mask=_causal_mask(self.config, x_BSD, value.get("attention_mask"), sliding=self.sliding),
+            attention_mask=_causal_mask(self.config, value, sliding=self.sliding),
             position_ids=positions_BS,
             position_embeddings=self.rotary(x_BSD, positions_BS),
             past_key_values=None,
@@ -174,9 +178,8 @@ class HFGPT2Block(nn.Module):
 
     def forward(self, value: HFValue) -> HFValue:
         """Update ``value["hidden"]``; the other entries pass through."""
-        x_BSD = value["hidden"]
-        mask = _causal_mask(self.config, x_BSD, value.get("attention_mask"), sliding=False)
-        return {**value, "hidden": self.block(x_BSD, attention_mask=mask, use_cache=False)}
+        mask = _causal_mask(self.config, value, sliding=False)
+        return {**value, "hidden": self.block(value["hidden"], attention_mask=mask, use_cache=False)}
 
 
 class HFNorm(nn.Module):
@@ -228,8 +231,26 @@ def _slides(config: Any, number: int) -> bool:
     return config.model_type == "mistral" and config.sliding_window is not None
 
 
-def _causal_mask(config: Any, x_BSD: Tensor, mask_BS: Tensor | None, *, sliding: bool) -> Any:
-    """The mask in the form that the configured attention takes.
+def _causal_mask(config: Any, value: HFValue, *, sliding: bool) -> Any:
+    """The mask in the form that the configured attention takes, made once for all blocks that get the same tensors.
+
+    A mask of ``[B, 1, S, S]`` that attention keeps for its backward pass is then kept once for a stage and not by each
+    block. Where tokens are dropped, blocks get other tensors, and masks of their own.
+    """
+    x_BSD, mask_BS, positions_BS = value["hidden"], value.get("attention_mask"), value["position_ids"]
+    if torch.compiler.is_compiling():  # what is compiled computes from its inputs alone
+        return _made_mask(config, x_BSD, mask_BS, sliding=sliding)
+    made: dict[Any, Any] = _MASKS.setdefault(positions_BS, {})
+    kind = (sliding, x_BSD.dtype)  # of one pass of one model, whose layers have copies of its configuration
+    of, mask = made.get(kind, (None, None))
+    if kind not in made or of is not mask_BS:
+        mask = _made_mask(config, x_BSD, mask_BS, sliding=sliding)
+        made[kind] = mask_BS, mask
+    return mask
+
+
+def _made_mask(config: Any, x_BSD: Tensor, mask_BS: Tensor | None, *, sliding: bool) -> Any:
+    """Make a mask.
 
     Positions are not told: where tokens are dropped they jump, which transformers would read as documents packed in a
     row.

@@ -3,7 +3,7 @@
 from penstock.pipe.planner.bounds import best_bounds
 from penstock.pipe.planner.measure import Flow, measure_layers, run_through
 from penstock.pipe.planner.plan import TRAINABLE, WHOLE, Plan, plan, plan_bounds
-from penstock.pipe.planner.predict import Prediction, predict
+from penstock.pipe.planner.predict import Prediction, least_seconds, predict
 from penstock.pipe.planner.profile import LayerCosts, Profile, load_profiles, save_profiles
 from penstock.pipe.planner.report import layer_lines, plan_lines
 from penstock.pipe.planner.selective import select_recomputed
@@ -21,6 +21,7 @@ __all__ = [
     "best_bounds",
     "kept_bytes",
     "layer_lines",
+    "least_seconds",
     "load_profiles",
     "measure_layers",
     "plan",

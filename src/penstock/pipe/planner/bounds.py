@@ -1,6 +1,7 @@
 """Finds where to cut a model into stages."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from math import comb
 from typing import Any, Final
@@ -18,6 +19,7 @@ def best_bounds(
     num_stages: int,
     score: Callable[[Bounds], Any],
     *,
+    least: Callable[[Bounds], Any] | None = None,
     all_up_to: int = _ALL_UP_TO,
 ) -> Bounds:
     """The division with the lowest score, of all where they are few; else one that no small change improves.
@@ -30,13 +32,20 @@ def best_bounds(
         loads: For each layer, the time of a micro-batch, forward and backward.
         num_stages: How many stages; at most as many as layers.
         score: Of bounds; comparable.
+        least: What the score of bounds is at least, where that is found sooner than the score: divisions that cannot be
+            better than the best one so far are then passed over.
         all_up_to: How many divisions to try without a search.
     """
     layers = len(loads)
+    score, least = cache(score), None if least is None else cache(least)
     start = balance(loads, num_stages)
     if comb(layers - 1, num_stages - 1) <= all_up_to:
-        return min(all_bounds(layers, num_stages), key=lambda bounds: (score(bounds), bounds != start))
-    return _descend(start, score)
+        return _lowest(start, all_bounds(layers, num_stages), score, least)
+    while True:
+        best = _lowest(start, _neighbours(start), score, least)
+        if best == start:
+            return best
+        start = best
 
 
 def all_bounds(layers: int, num_stages: int) -> Iterator[Bounds]:
@@ -45,17 +54,18 @@ def all_bounds(layers: int, num_stages: int) -> Iterator[Bounds]:
         yield (0, *cuts, layers)
 
 
-def _descend(start: Bounds, score: Callable[[Bounds], Any]) -> Bounds:
-    known = {start: score(start)}
-    best = start
-    while True:
-        for bounds in _neighbours(best):
-            if bounds not in known:
-                known[bounds] = score(bounds)
-        lowest = min(known, key=known.__getitem__)
-        if known[lowest] >= known[best]:
-            return best
-        best = lowest
+def _lowest(
+    start: Bounds, others: Iterable[Bounds], score: Callable[[Bounds], Any], least: Callable[[Bounds], Any] | None
+) -> Bounds:
+    """Of all these bounds those with the lowest score; the start, where no others are lower."""
+    best, lowest = start, score(start)
+    for bounds in others if least is None else sorted(others, key=least):
+        if least is not None and least(bounds) >= lowest:
+            break
+        found = score(bounds)
+        if found < lowest:
+            best, lowest = bounds, found
+    return best
 
 
 def _neighbours(bounds: Bounds) -> Iterator[Bounds]:

@@ -7,7 +7,7 @@ from typing import Final
 
 from penstock.pipe.partition import balance
 from penstock.pipe.planner.bounds import Bounds, best_bounds
-from penstock.pipe.planner.predict import Prediction, predict
+from penstock.pipe.planner.predict import Prediction, least_seconds, predict
 from penstock.pipe.planner.profile import Profile
 from penstock.pipe.planner.selective import select_recomputed
 from penstock.pipe.planner.stages import StageCosts
@@ -99,7 +99,7 @@ def plan(
         if memory is not None:
             found += [new for new in _selective(profile, found[-1], memory) if not any(_same(new, f) for f in found)]
     by_size = {profile.micro_batch_size: profile for profile in usable}
-    usual = [prediction for prediction in found if not _bare(by_size[prediction.micro_batch_size], prediction)]
+    usual = [prediction for prediction in found if not _bare(by_size[prediction.micro_batch_size], prediction.bounds)]
     if not usual:
         raise ValueError(
             f"every division of the {layers} layers into at least {ranks} stages leaves one without trainable "
@@ -141,7 +141,10 @@ def plan_bounds(
     def score(bounds: Bounds) -> tuple[float, ...]:
         return _score(profile, predict(profile, schedule, bounds, interval, recomputed), memory)
 
-    return best_bounds(_loads(profile), schedule.num_stages, score)
+    def least(bounds: Bounds) -> tuple[float, ...]:
+        return _bare(profile, bounds), 0, least_seconds(profile, schedule, bounds, interval, recomputed), 0
+
+    return best_bounds(_loads(profile), schedule.num_stages, score, least=least)
 
 
 def _schedules(names: Sequence[str], ranks: int, micro_batches: int, layers: int) -> Iterator[Schedule]:
@@ -161,13 +164,13 @@ def _loads(profile: Profile) -> list[float]:
 
 def _score(profile: Profile, prediction: Prediction, memory: int | None) -> tuple[float, ...]:
     """Stages without trainable parameters, which a run refuses; bytes too many; seconds."""
-    return _bare(profile, prediction), _excess(prediction, memory), prediction.seconds, max(prediction.memory)
+    return _bare(profile, prediction.bounds), _excess(prediction, memory), prediction.seconds, max(prediction.memory)
 
 
-def _bare(profile: Profile, prediction: Prediction) -> int:
+def _bare(profile: Profile, bounds: Bounds) -> int:
     """Stages without trainable parameters, unless no layer has any."""
     trained = [layer.state > 0 for layer in profile.layers]
-    return sum(not any(trained[start:stop]) for start, stop in pairwise(prediction.bounds)) if any(trained) else 0
+    return sum(not any(trained[start:stop]) for start, stop in pairwise(bounds)) if any(trained) else 0
 
 
 def _excess(prediction: Prediction, memory: int | None) -> int:

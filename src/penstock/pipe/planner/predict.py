@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from penstock.pipe.planner.profile import Profile
 from penstock.pipe.planner.stages import StageCosts
-from penstock.pipe.schedule import Schedule, Timeline, simulate
+from penstock.pipe.schedule import Problem, Schedule, Timeline, simulate
+from penstock.pipe.schedule.actions import W_CODE
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,32 @@ def predict(
     """
     stages = StageCosts.of(profile, bounds, interval, recomputed)
     simulated = simulate(schedule, stages.costs)
-    updates = [sum(stages.updates[s] for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
-    reading = profile.reading * schedule.micro_batches
     return Prediction(
         micro_batch_size=profile.micro_batch_size,
         bounds=tuple(bounds),
         interval=interval,
         timeline=Timeline(schedule, simulated.starts, simulated.ends, "s"),
-        seconds=reading + simulated.makespan + max(updates) + profile.step,
+        seconds=simulated.makespan + _beside(profile, schedule, stages),
         memory=stages.memory(schedule),
         recomputed=tuple(sorted(recomputed)),
     )
+
+
+def least_seconds(
+    profile: Profile,
+    schedule: Schedule,
+    bounds: Sequence[int],
+    interval: int = 0,
+    recomputed: Collection[int] = (),
+) -> float:
+    """What :func:`predict`'s seconds are at least, without a simulation; the arguments are the same."""
+    stages = StageCosts.of(profile, bounds, interval, recomputed)
+    split = any(bool((actions.ops == W_CODE).any()) for actions in schedule.ranks)
+    problem = Problem(schedule.placement, schedule.micro_batches, stages.costs, split=split)
+    return problem.bound() + _beside(profile, schedule, stages)
+
+
+def _beside(profile: Profile, schedule: Schedule, stages: StageCosts) -> float:
+    """Seconds of a step besides its passes."""
+    updates = [sum(stages.updates[s] for s in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
+    return profile.reading * schedule.micro_batches + max(updates) + profile.step
