@@ -24,7 +24,12 @@ WHOLE_STEP, OVERHEAD, READING, ACTION, INSIDE = 50.0, 0.25, 0.125, 0.0625, 0.031
 
 
 def profile(
-    monkeypatch: pytest.MonkeyPatch, *, spans: dict[str, float], compiled: bool = False, **changes: Any
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    spans: dict[str, float],
+    compiled: bool = False,
+    memory: int | None = None,
+    **changes: Any,
 ) -> Profile:
     """A profile of three layers, of which one trains nothing, by a rehearsal that says what it is told to."""
     rehearsed = Rehearsal(spans=spans, update=0.5, step=WHOLE_STEP, state_ratio=2.0)
@@ -47,6 +52,7 @@ def profile(
         autocast_dtype=None,
         watcher=watcher,
         overhead=OVERHEAD,
+        memory=memory,
     )
     return profiler.profile(2, (torch.ones(2, 6), torch.zeros(2, 6)), reading=READING)
 
@@ -69,6 +75,17 @@ def test_what_is_recomputed_in_the_rehearsal_is_no_part_of_the_backward_pass(mon
     # The step that was rehearsed did recompute: nothing of that is left over.
     passes = BATCHES * (3.0 + 1.0 - 3 * INSIDE + 2 * ACTION)
     assert found.step == pytest.approx(WHOLE_STEP - passes - 0.5 + OVERHEAD)
+
+
+@pytest.mark.parametrize(("share", "recomputed"), [(1.0, False), (0.99, True)])
+def test_a_step_that_does_not_fit_is_rehearsed_with_its_layers_recomputed(
+    monkeypatch: pytest.MonkeyPatch, share: float, recomputed: bool
+) -> None:
+    # Weights and biases with gradients and two moments; of a micro-batch of two rows the input, tanh's output, and the
+    # output and the targets, which the loss keeps.
+    memory = 4 * (4 * (84 + 78) + 2 * (6 + 12 + 6 + 6))
+    found = profile(monkeypatch, spans={"F": 1.0, "B": 3.0}, memory=round(share * memory))
+    assert sum(layer.backward for layer in found.layers) == pytest.approx((2.0 if recomputed else 3.0) - INSIDE)
 
 
 def test_without_spans_layers_stay_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,10 +89,10 @@ def plan(
     if launched():
         if save_profile is None:
             raise ValueError("started by a launcher, penstock plan only measures; give --save-profile FILE")
-        planning.measure(settings, chosen_sizes, save_profile)
+        planning.measure(settings, chosen_sizes, save_profile, memory=limit)
         return
     if profile is None:
-        profiles = planning.measured_profiles(config, given, settings, chosen_sizes)
+        profiles = planning.measured_profiles(config, given, settings, chosen_sizes, memory=limit)
     else:
         profiles = planning.profiles_in(profile, settings, sizes)
     if save_profile is not None:

@@ -77,17 +77,20 @@ def candidate_sizes(config: TrainConfig, given: Iterable[int] | None = None) -> 
     return sizes
 
 
-def measured_profiles(path: Path, overrides: Sequence[str], config: TrainConfig, sizes: Sequence[int]) -> list[Profile]:
-    """Launch as many processes as the run has, and have them measure the layers all at once."""
+def measured_profiles(
+    path: Path, overrides: Sequence[str], config: TrainConfig, sizes: Sequence[int], *, memory: int | None = None
+) -> list[Profile]:
+    """Launch as many processes as the run has, and have them measure the layers all at once, within a memory limit."""
     processes = check_processes(config)
     with tempfile.TemporaryDirectory(prefix="penstock-plan-") as folder:
         file = Path(folder) / "profile.json"
         if processes == 1:
-            measure(config, sizes, file)
+            measure(config, sizes, file, memory=memory)
         else:
             arguments = ["plan", str(path), "--save-profile", str(file)]
             arguments += [part for override in overrides for part in ("--set", override)]
             arguments += [part for size in sizes for part in ("--micro-batch-size", str(size))]
+            arguments += [] if memory is None else ["--memory", str(memory)]
             code = launch(arguments, processes=processes, shutdown_s=config.deadline_s)
             if code:
                 raise ValueError(f"measuring the layers ended with exit code {code}; see the message above")
@@ -99,7 +102,7 @@ def check_processes(config: TrainConfig) -> int:
     return config.pipe.stages * replicas_of(config)
 
 
-def measure(config: TrainConfig, sizes: Sequence[int], file: Path) -> None:
+def measure(config: TrainConfig, sizes: Sequence[int], file: Path, *, memory: int | None = None) -> None:
     """Measure as one of the processes of a run; the first one writes the profiles. Collective."""
     module = reference_model(config).divided_by("parameters", config.pipe.stages)
     dataset = open_training_data(config)
@@ -121,6 +124,7 @@ def measure(config: TrainConfig, sizes: Sequence[int], file: Path) -> None:
                 autocast_dtype=AUTOCAST_DTYPES.get(config.precision),
                 watcher=watcher,
                 overhead=overhead,
+                memory=memory,
             )
             profiles = []
             for size in sizes:

@@ -37,6 +37,8 @@ _LONGEST_REHEARSAL: Final = 32
 """Micro-batches of a rehearsed step, where the run's steps have more."""
 _REHEARSAL_S: Final = 2.0
 _READINGS: Final = 5
+_MOMENTS: Final = 2
+"""Optimizer state that is reckoned with before an optimizer is there, in tensors for each parameter."""
 _NAMES: Final = {"F": "forward", "B": "backward", "I": "input_gradient", "W": "weight_gradient"}
 _TIMES: Final = (*_NAMES.values(), "update")
 
@@ -59,6 +61,8 @@ class Profiler:
         watcher: Told of every wait.
         overhead: Seconds that a step takes besides its passes and its update; see
             :func:`~penstock.runtime.engine_costs.step_overhead`.
+        memory: What each rank may take, in bytes: steps that would take more are rehearsed with every layer recomputed.
+            None is no limit.
     """
 
     module: PipelineModule
@@ -70,6 +74,7 @@ class Profiler:
     autocast_dtype: torch.dtype | None
     watcher: Watcher
     overhead: float = 0.0
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         self._division = self.module.divided_by("parameters", self.groups.num_pipe_ranks)
@@ -94,7 +99,8 @@ class Profiler:
         if self._rounds == 0:
             self._divide_by_time(size, batch)
         profile = replace(self._measured(size, batch, least_s=_LEAST_S), reading=reading)
-        recompute = bool(self.module.activation_checkpoint_interval or self.module.activation_checkpoint_layers)
+        configured = self.module.activation_checkpoint_interval or self.module.activation_checkpoint_layers
+        recompute = bool(configured) or self._too_large(profile)
         rehearsed = self._rehearsed(self._schedule("1f1b", size), batch, recompute=recompute)
         times = dict(rehearsed.spans)
         if recompute and times:  # the backward pass ran the forward pass again
@@ -108,6 +114,16 @@ class Profiler:
         alone = predict(profile, schedule, self._division.bounds, 1 if recompute else 0)
         rest = rehearsed.step - (alone.seconds - reading * schedule.micro_batches)
         return replace(profile, step=max(0.0, rest) + self.overhead)
+
+    def _too_large(self, profile: Profile) -> bool:
+        """Whether a rehearsal that keeps all activations would take more than there is, by what layers keep."""
+        if self.memory is None:
+            return False
+        assert self._division.bounds is not None
+        # Gradients are there already; as much again for each of two moments, before the optimizer has made any.
+        layers = tuple(replace(layer, state=(1 + _MOMENTS) * layer.state) for layer in profile.layers)
+        schedule = self._schedule("1f1b", profile.micro_batch_size)
+        return max(predict(replace(profile, layers=layers), schedule, self._division.bounds).memory) > self.memory
 
     def _built(self) -> Stage:
         """This rank's stage of the division."""
