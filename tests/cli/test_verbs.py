@@ -89,6 +89,15 @@ def test_inspect_a_dataset(dataset: Path) -> None:
         assert result.output.endswith("intact\n")
 
 
+def test_inspect_names_no_column_where_there_is_no_table(dataset: Path, tmp_path: Path, run_directory: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "t.safetensors")
+    np.save(tmp_path / "a.npy", np.arange(3))
+    for path in (dataset, f"{dataset}.bin", tmp_path / "t.safetensors", tmp_path / "a.npy", run_directory):
+        refused = run("inspect", path, "--column", "nope")
+        assert refused.exit_code == 2
+        assert "column='nope' names a column of a table, but" in " ".join(refused.output.split())
+
+
 def test_inspect_verifies_every_token(dataset: Path) -> None:
     good = run("inspect", dataset, "--verify")
     assert good.exit_code == 0
@@ -126,6 +135,16 @@ def test_inspect_tables_and_arrays(tmp_path: Path) -> None:
     negative = run("inspect", tmp_path / "c.npy", "--verify")
     assert negative.exit_code == 1
     assert "the smallest token is -1" in negative.output
+    floats = pa.table({"words": pa.chunked_array([[[1.0, 2.0]], [[float("nan"), 2.0]]])})
+    with pa.ipc.new_file(str(tmp_path / "d.arrow"), floats.schema) as writer:
+        writer.write_table(floats)  # two record batches
+    unreadable = run("inspect", tmp_path / "d.arrow", "--verify")
+    assert unreadable.exit_code == 1
+    assert "the smallest token is nan" in unreadable.output
+    np.save(tmp_path / "e.npy", np.int64(3))
+    single = run("inspect", tmp_path / "e.npy")
+    assert single.exit_code == 2
+    assert "a single number, not an array" in single.output
     for name, kept in (("a.parquet", 300), ("c.npy", 130), ("b.jsonl", -3)):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
         cut = run("inspect", tmp_path / name)
@@ -214,15 +233,20 @@ def test_analyze_with_functions_and_a_picture(dataset: Path, tmp_path: Path, mon
     assert "total of shape (2,)" in run("inspect", tmp_path / "d").output
     assert DataAnalyzer.load(tmp_path / "d").values("longest").tolist() == [10 * n for n in LENGTHS]
     assert (tmp_path / "p.svg").is_file()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     for extra, message in (
         (["-m", "loss"], "the metric loss needs a model"),
         (["--model", tmp_path], "give --metric loss too"),
         (["--picture", "x.txt"], "a picture ends in"),
+        (["-m", "json:dumps", "-m", "pickle:dumps"], "--metric json:dumps and --metric pickle:dumps would both be"),
+        (["-m", "loss", "--model", tmp_path / "m", "-m", "json:loss"], "--metric loss and --metric json:loss would"),
+        (["--total", "json:dumps", "--total", "pickle:dumps"], "--total json:dumps and --total pickle:dumps would"),
         (["--engine", "spark"], "'spark' is not one of"),
     ):
         wrong = run("analyze", dataset, tmp_path / "e", *extra)
         assert wrong.exit_code == 2
-        assert message in wrong.output
+        assert message in " ".join(wrong.output.split())
     assert not (tmp_path / "e").exists()
 
 

@@ -2,9 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
+
+_LOSS: Final = "loss"
 
 
 class EngineChoice(StrEnum):
@@ -71,7 +73,6 @@ def analyze(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from penstock.data_pipeline.components import import_attribute
     from penstock.data_pipeline.data_sampling.analyzer import DEFAULT_METRICS, DataAnalyzer
     from penstock.data_pipeline.data_sampling.picture import check_picture, draw_distributions
     from penstock.data_pipeline.datasets import open_dataset
@@ -80,7 +81,7 @@ def analyze(
     if picture is not None:
         check_picture(picture)
     names, functions = _metrics(metrics or list(DEFAULT_METRICS), model)
-    totals = {name.rpartition(":")[2]: import_attribute(name) for name in total or ()}
+    totals = _functions("--total", total or [], None)
     samples = open_dataset(dataset, length=length, column=column)
     if isinstance(samples, TableColumn) and len(samples) and isinstance(samples[0], str):
         field = "" if samples.column == "text" else f" --field {samples.column}"
@@ -115,21 +116,33 @@ def analyze(
 
 def _metrics(wanted: list[str], model: Path | None) -> tuple[list[str], dict[str, Any]]:
     """Names that the analyzer knows, and functions by name for the others."""
+    names = [name for name in wanted if name != _LOSS and ":" not in name]
+    if model is not None and _LOSS not in wanted:
+        raise ValueError(f"--model {model} is for the metric loss: give --metric loss too, or leave --model out")
+    return names, _functions("--metric", [name for name in wanted if name == _LOSS or ":" in name], model)
+
+
+def _functions(option: str, wanted: list[str], model: Path | None) -> dict[str, Any]:
+    """Functions by the names under which their numbers are stored."""
     from penstock.data_pipeline.components import import_attribute
 
-    names: list[str] = []
+    given: dict[str, str] = {}
     functions: dict[str, Any] = {}
-    for name in wanted:
-        if name == "loss":
-            if model is None:
-                raise ValueError("the metric loss needs a model: --model with a run, a checkpoint or a directory")
-            from penstock.runtime.model_loss import ModelLoss
+    for path in wanted:
+        name = path.rpartition(":")[2]
+        if name in given:
+            raise ValueError(
+                f"{option} {given[name]} and {option} {path} would both be stored as {name!r}; name each once, and "
+                "give one of two functions another name"
+            )
+        given[name] = path
+        functions[name] = _model_loss(model) if path == _LOSS else import_attribute(path)
+    return functions
 
-            functions[name] = ModelLoss(model)
-        elif ":" in name:
-            functions[name.rpartition(":")[2]] = import_attribute(name)
-        else:
-            names.append(name)
-    if model is not None and "loss" not in functions:
-        raise ValueError(f"--model {model} is for the metric loss: give --metric loss too, or leave --model out")
-    return names, functions
+
+def _model_loss(model: Path | None) -> Any:
+    if model is None:
+        raise ValueError("the metric loss needs a model: --model with a run, a checkpoint or a directory")
+    from penstock.runtime.model_loss import ModelLoss
+
+    return ModelLoss(model)

@@ -7,12 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from penstock._core.counted import counted
 from penstock._core.files import MANIFEST_NAME, CorruptFileError, read_json, read_manifest
 from penstock.compression.archive import compressed_by
 from penstock.data_pipeline.data_sampling.analysis import Analysis
 from penstock.data_pipeline.datasets.indexed import IndexedDataset, bin_path, idx_path
-from penstock.data_pipeline.datasets.open import check_one_dataset, is_saved_dataset, open_dataset
+from penstock.data_pipeline.datasets.open import check_one_dataset, is_saved_dataset, open_dataset, refuse_column
 from penstock.data_pipeline.datasets.rearrange import check_tokens
 from penstock.data_pipeline.datasets.tables import TABLE_SUFFIXES, TableColumn
 from penstock.data_pipeline.datasets.text import kind_of
@@ -58,17 +60,19 @@ def inspect_path(path: str | os.PathLike[str], *, verify: bool = False, column: 
         column: Of a table, which column; see :class:`TableColumn`.
 
     Raises:
-        ValueError: There is nothing, or nothing that is understood.
+        ValueError: There is nothing, or nothing that is understood, or no table of which a column could be named.
     """
     place = Path(path)
-    if place.suffix in (".bin", ".idx") or bin_path(place).exists() or idx_path(place).exists():
-        return _dataset(place, verify=verify)
-    if not place.exists():
+    is_pair = place.suffix in (".bin", ".idx") or bin_path(place).exists() or idx_path(place).exists()
+    if not is_pair and not place.exists():
         raise ValueError(f"{place}: there is no such file, directory or dataset; {_UNDERSTOOD}")
+    if not is_pair and (kind_of(place) in (*TABLE_SUFFIXES, ".npy") or is_saved_dataset(place)):
+        return _rows(place, column, verify=verify)
+    refuse_column(column, place)
+    if is_pair:
+        return _dataset(place, verify=verify)
     if place.suffix == ".safetensors":
         return _tensors(place)
-    if kind_of(place) in (*TABLE_SUFFIXES, ".npy") or is_saved_dataset(place):
-        return _rows(place, column, verify=verify)
     if not place.is_dir():
         raise ValueError(f"{place}: not understood; {_UNDERSTOOD}")
     if (place / CHECKPOINTS_NAME).is_dir() or (place / METRICS_NAME).is_file():
@@ -130,9 +134,9 @@ def _rows(place: Path, column: str | None, *, verify: bool) -> Finding:
     )
     filled = [piece for piece in pieces if piece.size]
     if verify and filled:
-        low, high = min(piece.min() for piece in filled), max(piece.max() for piece in filled)
+        low, high = np.min([piece.min() for piece in filled]), np.max([piece.max() for piece in filled])
         found.facts["token numbers"] = f"{low:,} to {high:,}"
-        if not low >= 0:  # not a number, too
+        if not low >= 0:  # not a number, too, which numpy's min passes on from any piece
             found.problems.append(f"{place}: the smallest token is {low}; token numbers begin at 0")
     return found
 

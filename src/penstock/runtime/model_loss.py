@@ -18,17 +18,21 @@ from penstock.models.gpt import gpt_model
 from penstock.runtime.checkpoint import Checkpoint, copy_into
 from penstock.runtime.config import load_config
 from penstock.runtime.engine_state import find
+from penstock.runtime.initialize import PARAMETER_DTYPES
 from penstock.runtime.run_directory import CHECKPOINTS_NAME
 
 _Logits = Callable[[Tensor], Tensor]
 _BATCH_TOKENS: Final = 1 << 13
+_LOGITS: Final = 1 << 28  # 1 GiB of them in float32
 
 
 class ModelLoss:
     """Mean loss of a causal language model over each sample's tokens but the first, in nats; a metric function.
 
-    Samples longer than the model's context are read in windows that overlap in one token, so that every token but the
-    first is predicted once. The model is loaded at the first call; a copy for another process carries its path alone.
+    Samples longer than the model's context, or than 8,192 tokens, are read in windows that overlap in one token, so
+    that every token but the first is predicted once. The weights have the type that the checkpoint holds: a run of
+    bf16 or fp16, which computes in these, is measured in float32. The model is loaded at the first call; a copy for
+    another process carries its path alone.
 
     Args:
         path: A run's directory, one of its checkpoints, or a directory of a Hugging Face model.
@@ -68,14 +72,17 @@ class ModelLoss:
                 f"{vocab_size}; tokenize with the model's own tokenizer"
             )
         sums = np.zeros(len(offsets) - 1)
-        for owners, inputs_BS, labels_BS in _batches(tokens, offsets, context):
+        at_once = max(1, _LOGITS // vocab_size)
+        for owners, inputs_BS, labels_BS in _batches(
+            tokens, offsets, min(context, _BATCH_TOKENS), min(at_once, _BATCH_TOKENS)
+        ):
             with torch.inference_mode():
-                found = logits(inputs_BS.to(self.device))
-                losses = F.cross_entropy(
-                    found.flatten(0, 1).float(),
-                    labels_BS.to(self.device).flatten(),
-                    ignore_index=_IGNORED,
-                    reduction="none",
+                found_NV = logits(inputs_BS.to(self.device)).flatten(0, 1)
+                labels_N = labels_BS.to(self.device).flatten()
+                # The loss takes float32 copies of its logits: of some rows at a time.
+                parts = zip(found_NV.split(at_once), labels_N.split(at_once), strict=True)
+                losses = torch.cat(
+                    [F.cross_entropy(x.float(), y, ignore_index=_IGNORED, reduction="none") for x, y in parts]
                 )
             np.add.at(sums, owners, losses.view_as(labels_BS).double().sum(1).cpu().numpy())
         sums /= np.maximum(np.diff(offsets) - 1, 1)
@@ -104,7 +111,7 @@ def _penstock(path: Path, device: torch.device) -> tuple[_Logits, int, int]:
         vocab_size=None if tokenizer is None else load_tokenizer(tokenizer).get_vocab_size(),
         context=config.sequence_length,
     )
-    model = gpt_model(shape).to(dtype=getattr(torch, config.precision)).eval()
+    model = gpt_model(shape).to(dtype=PARAMETER_DTYPES[config.precision]).eval()
     for index, layer in enumerate(model.layers):
         tensors = checkpoint.read_layer(index)
         for name, parameter in layer.named_parameters():
@@ -130,11 +137,12 @@ def _hugging_face(of: ModelLoss) -> tuple[_Logits, int, int]:
 
 
 def _batches(
-    tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64], context: int
+    tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64], context: int, batch_tokens: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], Tensor, Tensor]]:
     """Windows of at most ``context + 1`` tokens, of like length together: their samples, inputs and labels.
 
-    Rows are filled up at the end, where causal attention does not look and labels do not count.
+    Several windows together have at most ``batch_tokens`` tokens. Rows are filled up at the end, where causal attention
+    does not look and labels do not count.
     """
     windows = [
         (owner, at, min(at + context + 1, end))
@@ -145,7 +153,7 @@ def _batches(
     first = 0
     while first < len(windows):
         stop = first + 1
-        while stop < len(windows) and (stop + 1 - first) * (windows[stop][2] - windows[stop][1]) <= _BATCH_TOKENS:
+        while stop < len(windows) and (stop + 1 - first) * (windows[stop][2] - windows[stop][1]) <= batch_tokens:
             stop += 1
         part = windows[first:stop]
         width = part[-1][2] - part[-1][1] - 1

@@ -191,6 +191,12 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ([{"ids": [1]}], {}, "fields ids; name its tokens with tokens_of"),
         ([[1]], {"metric_functions": {"f": lambda tokens, offsets: offsets}}, "one number for each of 1 samples"),
         ([[1]], {"metric_functions": {"f": lambda tokens, offsets: [np.nan]}}, "gives sample 0 the value nan"),
+        ([[1]], {"metric_functions": {"f": lambda tokens, offsets: np.array([2**63 + 5], np.uint64)}}, "up to 92233"),
+        (
+            [[1]],
+            {"total_functions": {"f": lambda tokens, offsets: np.uint64(2**63)}},
+            "total 'f' has the whole number 92",
+        ),
         ([[1]], {"total_functions": {"f": lambda tokens, offsets: ["x"]}}, "total 'f' must give an array of numbers"),
         (
             [[1]],

@@ -45,6 +45,10 @@ def test_windows_run_across_documents_and_know_them(tmp_path: Path) -> None:
     assert windows[-1].tolist() == windows[len(windows) - 1].tolist() == stream[8:13]
     assert windows.document_ids(1).tolist() == owner[4:9]
     assert windows.document_ids([[0], [2]]).tolist() == [[owner[0:5]], [owner[8:13]]]
+    assert windows.document_ids([-1, -3]).tolist() == [owner[8:13], owner[0:5]]
+    for beyond in (3, -4, [0, 3]):
+        with pytest.raises(IndexError, match=r"window (3|-4) of 3"):
+            windows.document_ids(beyond)
     assert windows.batch([2, 0]).dtype == np.uint16
 
 

@@ -20,7 +20,7 @@ from penstock._core.files import (
 from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.data_sampling.external_sort import sort_order
 from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
-from penstock.data_pipeline.data_sampling.measurement import Form
+from penstock.data_pipeline.data_sampling.measurement import Form, check_whole
 from penstock.data_pipeline.data_sampling.unfinished import Unfinished, new_array, sync_array
 
 TABLE: Final = "samples.parquet"
@@ -220,7 +220,8 @@ def store_analysis(
         num_tokens: Tokens of all samples, if known.
 
     Raises:
-        ValueError: There is no metric, or they are not all of one length, finite, and of one dimension.
+        ValueError: There is no metric, or they are not all of one length, finite, and of one dimension, or a whole number
+            is beyond int64.
     """
     columns = {name: np.asarray(found) for name, found in values.items()}
     shapes = {found.shape for found in columns.values()}
@@ -229,6 +230,7 @@ def store_analysis(
     for name, found in columns.items():
         if found.dtype.kind not in "biuf" or not np.isfinite(found).all():
             raise ValueError(f"metric {name!r}: expected finite numbers, got {found.dtype}")
+        check_whole(f"metric {name!r}", found)
         columns[name] = found.astype(np.float64 if found.dtype.kind == "f" else np.int64)
     count = len(next(iter(columns.values())))
     dtypes = {name: found.dtype for name, found in columns.items()}

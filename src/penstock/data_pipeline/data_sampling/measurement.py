@@ -109,6 +109,20 @@ def _widest(found: npt.NDArray[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if found.dtype.kind == "f" else np.int64)
 
 
+def check_whole(what: str, found: npt.NDArray[Any]) -> None:
+    """Refuse whole numbers that int64, as which all are stored, does not hold.
+
+    Raises:
+        ValueError: There is one.
+    """
+    most = np.iinfo(np.int64).max
+    if found.dtype.kind == "u" and found.size and found.max() > most:
+        raise ValueError(
+            f"{what} has the whole number {found.max()}, but they are stored as int64, up to {most}; give fewer bits "
+            "(number >> 1), or floats"
+        )
+
+
 def _checked_values(name: str, values: Any, batch: RaggedBatch) -> npt.NDArray[Any]:
     found = np.asarray(values)
     if found.shape != (len(batch),) or found.dtype.kind not in "biuf":
@@ -119,6 +133,7 @@ def _checked_values(name: str, values: Any, batch: RaggedBatch) -> npt.NDArray[A
     if found.dtype.kind == "f" and not np.isfinite(found).all():
         bad = batch.start + int((~np.isfinite(found)).argmax())
         raise ValueError(f"metric {name!r} gives sample {bad} the value {found[bad - batch.start]}")
+    check_whole(f"metric {name!r}", found)
     return found
 
 
@@ -128,4 +143,5 @@ def _checked_total(name: str, values: Any, batch: RaggedBatch) -> npt.NDArray[An
         raise ValueError(f"total {name!r} must give an array of numbers, got {found.dtype} of shape {found.shape}")
     if found.dtype.kind == "f" and not np.isfinite(found).all():
         raise ValueError(f"total {name!r} gives {batch.name} a number that is not finite")
+    check_whole(f"total {name!r}", found)
     return found

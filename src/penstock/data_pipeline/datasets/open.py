@@ -65,14 +65,17 @@ def open_dataset(
 def _open_path(path: Path, column: str | None) -> Any:
     suffix = kind_of(path)
     if suffix in (".bin", ".idx") or (bin_path(path).is_file() and idx_path(path).is_file()):
-        _refuse_column(column, path)
+        refuse_column(column, path)
         return IndexedDataset(path)
     if suffix == ".npy" and path.is_file():
-        _refuse_column(column, path)
+        refuse_column(column, path)
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
             raise CorruptFileError(f"{path}: not a readable array ({error})") from None
+        if array.ndim == 0:
+            raise ValueError(f"{path}: a single number, not an array of samples or tokens")
+        return array
     if suffix in PLAIN and path.exists():
         raise ValueError(f"{path}: text must become tokens first: penstock tokenize {path}. {_UNDERSTOOD}")
     if not path.exists():
@@ -100,7 +103,7 @@ def _open_object(source: Any, column: str | None) -> Any:
         from penstock.data_pipeline.datasets.tables import TableColumn
 
         return TableColumn(source.with_format("arrow")[:], column, source="the Hugging Face dataset")
-    _refuse_column(column, source)
+    refuse_column(column, source)
     if module == "pandas" and type(source).__name__ == "Series":
         return source.to_numpy()  # a series is indexed by its labels, a dataset by position
     if (hasattr(source, "__getitem__") and hasattr(source, "__len__")) or hasattr(source, "__iter__"):
@@ -120,7 +123,8 @@ def check_one_dataset(folder: Path) -> None:
         raise ValueError(f"{folder}: several datasets by save_to_disk; name one: {', '.join(saved)}")
 
 
-def _refuse_column(column: str | None, source: Any) -> None:
+def refuse_column(column: str | None, source: Any) -> None:
+    """Refuse the name of a column where there is no table."""
     if column is not None:
         raise ValueError(f"column={column!r} names a column of a table, but {_name(source)} is not a table")
 

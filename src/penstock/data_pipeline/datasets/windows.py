@@ -75,11 +75,16 @@ class TokenWindows:
         """For every token of the windows named, the number of its document: int64, a last axis of ``length + 1``.
 
         Raises:
+            IndexError: There is no such window.
             ValueError: The windows lie over a plain array, which knows no documents.
         """
         if not isinstance(self.source, IndexedDataset):
             raise ValueError("windows over a plain array know no documents; give an IndexedDataset")
-        starts = np.asarray(indices, dtype=np.int64)[..., None] * self.stride
+        numbers = np.asarray(indices, dtype=np.int64)
+        beyond = numbers[(numbers < -len(self)) | (numbers >= len(self))]
+        if beyond.size:
+            raise IndexError(f"window {beyond[0]} of {len(self)}")
+        starts = (numbers % len(self))[..., None] * self.stride
         places = starts + np.arange(self.length + 1, dtype=np.int64)
         return np.searchsorted(_document_ends(self.source), places, side="right").astype(np.int64)
 
