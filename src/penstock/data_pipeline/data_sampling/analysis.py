@@ -220,8 +220,8 @@ def store_analysis(
         num_tokens: Tokens of all samples, if known.
 
     Raises:
-        ValueError: There is no metric, or they are not all of one length, finite, and of one dimension, or a whole number
-            is beyond int64.
+        ValueError: There is no metric, or they are not all of one length, finite, and of one dimension, or a number is
+            beyond int64.
     """
     columns = {name: np.asarray(found) for name, found in values.items()}
     shapes = {found.shape for found in columns.values()}
