@@ -44,6 +44,8 @@ def test_a_checkpoint_of_penstock(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = [reference(stage, sample, 8) for sample in SAMPLES]
     assert analysis.values("loss") == pytest.approx(expected, rel=1e-5)
+    assert function.path.name == "step_00000000"
+    assert ModelLoss(function.path).identity == function.identity
     copy = pickle.loads(pickle.dumps(function))
     assert copy(SAMPLES[0], np.array([0, 5])) == pytest.approx(expected[:1], rel=1e-5)
     with pytest.raises(ValueError, match="run from 50 to 50, but the model's vocabulary has 50"):

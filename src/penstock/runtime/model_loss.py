@@ -1,5 +1,6 @@
 """The difficulty metric "loss under a model": a Penstock checkpoint or a Hugging Face model, over many samples."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -32,11 +33,14 @@ class ModelLoss:
     Samples longer than the model's context, or than 8,192 tokens, are read in windows that overlap in one token, so
     that every token but the first is predicted once. The weights have the type that the checkpoint holds: a run of
     bf16 or fp16, which computes in these, is measured in float32. The model is loaded at the first call; a copy for
-    another process carries its path alone.
+    another process carries its path alone. Of a run it is the checkpoint that is the newest when this is made.
 
     Args:
         path: A run's directory, one of its checkpoints, or a directory of a Hugging Face model.
         device: Where the model runs.
+
+    Attributes:
+        path: Of the checkpoint or the model.
 
     Raises:
         ValueError: There is no model at the path.
@@ -49,12 +53,21 @@ class ModelLoss:
         self._loaded: tuple[_Logits, int, int] | None = None
         self._is_penstock = (self.path / CHECKPOINTS_NAME).is_dir() or (self.path / MANIFEST_NAME).is_file()
         if self._is_penstock:
-            find(self.path if (self.path / MANIFEST_NAME).is_file() else self.path / CHECKPOINTS_NAME)
+            self.path = find(self.path if (self.path / MANIFEST_NAME).is_file() else self.path / CHECKPOINTS_NAME).path
         elif not (self.path / "config.json").is_file():
             raise ValueError(
                 f"{path}: no model there; name a run's directory, a checkpoint, or a directory of a Hugging Face model "
                 "(config.json beside its weights)"
             )
+
+    @property
+    def identity(self) -> str:
+        """What the numbers depend on: an analysis that was begun with another model is not taken up."""
+        if self._is_penstock:
+            return f"checkpoint {hashlib.sha256((self.path / MANIFEST_NAME).read_bytes()).hexdigest()}"
+        files = sorted((file.name, file.stat().st_size) for file in self.path.iterdir() if file.is_file())
+        config = hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
+        return f"model {self.path.resolve()} {config} {files}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelLoss, (self.path, str(self.device))
@@ -99,7 +112,7 @@ _IGNORED: Final = -100
 
 
 def _penstock(path: Path, device: torch.device) -> tuple[_Logits, int, int]:
-    checkpoint: Checkpoint = find(path if (path / MANIFEST_NAME).is_file() else path / CHECKPOINTS_NAME)
+    checkpoint: Checkpoint = find(path)
     config = load_config(checkpoint.read_state()["config"])
     if config.model is None:
         raise ValueError(

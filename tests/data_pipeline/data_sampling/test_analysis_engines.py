@@ -1,9 +1,11 @@
 """The work as Daft spreads it: results, failures, resumption, and the same on Ray."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from penstock.data_pipeline.data_sampling import (
     IndexedDatasetBuilder,
     unfinished,
 )
+from penstock.data_pipeline.data_sampling.analysis import store_analysis
 from penstock.data_pipeline.data_sampling.analyzer import KNOWN_METRICS
 from penstock.data_pipeline.data_sampling.engines import map_ranges
 from penstock.data_pipeline.data_sampling.unfinished import Unfinished
@@ -105,6 +108,65 @@ def test_an_analysis_is_taken_up_where_it_was_left(corpus: IndexedDataset, tmp_p
     assert analysis.total("thirds") == pytest.approx([corpus.num_tokens / 3, corpus.tokens.sum() / 3])
     assert analysis.num_tokens == whole.num_tokens
     assert not (tmp_path / "a" / "unfinished").exists()
+
+
+class Named(Breaks):
+    """A metric that says what it depends on."""
+
+    def __init__(self, calls: int, identity: str) -> None:
+        super().__init__(calls)
+        self.identity = identity
+
+
+def test_what_another_model_measured_is_not_taken_up(corpus: IndexedDataset, tmp_path: Path) -> None:
+    measured = []
+    for calls, identity in ((12, "a"), (99, "b"), (12, "a"), (99, "a")):
+        metric = Named(calls, identity)
+        analyzer = DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": metric}, shard_tokens=400)
+        with pytest.raises(RuntimeError) if calls == 12 else nullcontext():
+            analyzer.run(resume=True)
+        measured.append(sum(metric.seen[1:]))
+    assert measured[1] == 500
+    assert measured[2] + measured[3] >= 500 > measured[3]
+
+
+def test_two_analyses_of_one_directory_are_kept_apart(corpus: IndexedDataset, tmp_path: Path) -> None:
+    def again(what: str, done: int, samples: int) -> None:
+        with pytest.raises(TimeoutError, match=rf"process {os.getpid()} on .* is writing an analysis to"):
+            DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run()
+        with pytest.raises(TimeoutError, match="is writing an analysis to"):
+            store_analysis(tmp_path / "a", {"m": [1]})
+
+    analysis = DataAnalyzer(corpus, ["seqlen"], tmp_path / "a", progress=again).run()
+    assert analysis.values("seqlen").tolist() == corpus.lengths.tolist()
+    assert not (tmp_path / "a.lock").exists()
+
+
+def test_an_end_while_checksums_are_made_loses_nothing(
+    corpus: IndexedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: Any, **facts: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run()
+    with monkeypatch.context() as patch:
+        patch.setattr("penstock.data_pipeline.data_sampling.analysis.write_manifest", die)
+        with pytest.raises(KeyboardInterrupt):
+            DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": Breaks(99)}).run()
+    assert DataAnalyzer.load(tmp_path / "a").metrics == before.metrics
+    last = Breaks(99)
+    analysis = DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": last}).run(resume=True)
+    assert len(last.seen) == 1  # the probe
+    assert analysis.values("m").tolist() == (corpus.lengths * 2.5).tolist()
+
+
+def test_a_full_disk_is_told_and_not_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: 928 bytes are needed: .*m.values.npy"):
+        store_analysis(tmp_path / "a", {"m": range(100)})
 
 
 def test_what_was_left_of_something_else_is_not_taken_up(corpus: IndexedDataset, tmp_path: Path) -> None:

@@ -53,6 +53,19 @@ def test_a_copy_is_used_until_the_original_changes(memory: fsspec.AbstractFileSy
     assert list(read_texts("memory://b/x.jsonl")) == ["another of that name"]
 
 
+def test_a_copy_that_was_cut_short_is_refused(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memory.pipe("/a/x.jsonl", b'"one"\n"two"\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "get_file", lambda self, path, aside: Path(aside).write_bytes(b'"one"\n'))
+        with pytest.raises(ValueError, match="6 bytes came, but the file has 12"):
+            fetch("memory://a/x.jsonl")
+    assert list(read_texts("memory://a/x.jsonl")) == ["one", "two"]
+    names = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sorted(names) == ["x.jsonl", "x.jsonl.origin"]
+
+
 def test_tables_elsewhere(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
     pq.write_table(pa.table({"input_ids": [[1, 2], [3]], "other": [[7], [8]]}), tmp_path / "t.parquet")
     memory.pipe("/t.parquet", (tmp_path / "t.parquet").read_bytes())

@@ -1,5 +1,6 @@
 """What is left of a dataset that was being tokenized, whatever has become of its files."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ def test_whatever_is_damaged_is_written_again(
         elif at < len(data):
             data[at] ^= 4
         file.write_bytes(data)
-    tally = go_on(top / "c")
+    go_on(top / "c", finish=False)
+    tally = go_on(top / "c", 0)  # of what was written again nothing has to be written once more
     assert (tally.documents, tally.skipped) == (3 * BATCHES, BATCHES)
     assert written(top / "c") == expected(top / "plain")
     assert sorted(path.name for path in top.iterdir()) == ["c.bin", "c.idx", "plain.bin", "plain.idx"]
@@ -109,13 +111,31 @@ def test_a_batch_that_was_half_added_does_not_count(tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
         add(self, data)
 
+    def add_three() -> None:
+        with UnfinishedTokens(tmp_path / "c", SETTINGS) as unfinished:
+            for number in range(3):
+                unfinished.add(*batch(number))
+
     add = GrowingFile.add
     with monkeypatch.context() as patch:
         patch.setattr(GrowingFile, "add", die)
         with pytest.raises(KeyboardInterrupt):
-            go_on(tmp_path / "c")
+            add_three()
     go_on(tmp_path / "c")
     assert written(tmp_path / "c") == expected(tmp_path / "plain")
+
+
+def test_the_disk_has_what_the_journal_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and lengths are synced first; and a kill right after the seal would lose nothing of it."""
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink().name))
+    with UnfinishedTokens(tmp_path / "c", SETTINGS) as unfinished:
+        unfinished.add(*batch(1))
+        synced.clear()
+        unfinished.seal()
+        assert synced == ["tokens.bin", "lengths.int32", "c.unfinished", "journal"]
+        with UnfinishedTokens(tmp_path / "c", SETTINGS) as after_a_kill:
+            assert after_a_kill.sealed == unfinished.tally
 
 
 def test_an_index_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -17,6 +18,7 @@ from penstock._core.files import (
     sync_directory,
     write_manifest,
 )
+from penstock._core.lock import locked
 from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.data_sampling.external_sort import sort_order
 from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
@@ -179,6 +181,7 @@ def seal_analysis(
         counts: How often each token number occurs, where it was counted.
     """
     target = Path(directory)
+    store.save()
     with ThreadPoolExecutor(1) as aside:  # which writes and waits for the disk while the samples are sorted
         columns = {name: store.values(name) for name in metrics}
         written = [aside.submit(_write_table, store.directory / TABLE, columns, num_samples)]
@@ -193,13 +196,14 @@ def seal_analysis(
     for task in written:
         task.result()
     files = sorted({*_files(metrics), TABLE, *arrays})
-    (target / MANIFEST_NAME).unlink(missing_ok=True)
-    for file in files:
-        (store.directory / file).replace(target / file)
-    sync_directory(target)
     names = {"metrics": list(metrics), "totals": list(store.totals)}
     facts = {"kind": _KIND, **names, "num_samples": num_samples, "num_tokens": store.tokens}
-    write_manifest(target, files, fingerprint=fingerprint, own_tokens=own_tokens, **facts)
+    # Checksums take a while: until they are there, all lies where a run that is cut off would look for it.
+    write_manifest(store.directory, files, fingerprint=fingerprint, own_tokens=own_tokens, **facts)
+    (target / MANIFEST_NAME).unlink(missing_ok=True)
+    for file in (*files, MANIFEST_NAME):
+        (store.directory / file).replace(target / file)
+    sync_directory(target)
     store.remove()
     return Analysis(target, tuple(metrics), num_samples, store.tokens, fingerprint, own_tokens, store.totals)
 
@@ -235,10 +239,21 @@ def store_analysis(
     count = len(next(iter(columns.values())))
     dtypes = {name: found.dtype for name, found in columns.items()}
     forms = {name: Form(found.dtype, found.shape) for name, found in (totals or {}).items()}
-    store = Unfinished(Path(directory), "", [0, count], dtypes, 1, totals=forms, resume=False)
-    store.store(0, 0, {**columns, **(totals or {})})
-    store.tokens = num_tokens
-    return seal_analysis(directory, store, tuple(columns), count, fingerprint=None)
+    with writing_alone(directory):
+        store = Unfinished(Path(directory), "", [0, count], dtypes, 1, totals=forms, resume=False)
+        store.store(0, 0, {**columns, **(totals or {})})
+        store.tokens = num_tokens
+        return seal_analysis(directory, store, tuple(columns), count, fingerprint=None)
+
+
+def writing_alone(directory: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """Keep other processes from writing an analysis to the same directory.
+
+    Raises:
+        TimeoutError: One does; the message names it.
+    """
+    path = Path(directory)
+    return locked(path.with_name(f"{path.name}.lock"), f"is writing an analysis to {path}")
 
 
 def _write_table(path: Path, values: dict[str, npt.NDArray[Any]], num_samples: int) -> None:

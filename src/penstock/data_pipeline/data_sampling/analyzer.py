@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock._core.suggest import unknown_name
-from penstock.data_pipeline.data_sampling.analysis import Analysis, seal_analysis
+from penstock.data_pipeline.data_sampling.analysis import Analysis, seal_analysis, writing_alone
 from penstock.data_pipeline.data_sampling.engines import Engine, check_engine, map_ranges
 from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
 from penstock.data_pipeline.data_sampling.measurement import Form, Measurement
@@ -124,8 +124,9 @@ class DataAnalyzer:
         """Read the dataset, compute the metrics and store them in ``output_dir``.
 
         Args:
-            resume: Go on from what an earlier run of the same dataset and metrics left there. Whether a function in
-                ``metric_functions`` is still the same one cannot be told: then begin anew.
+            resume: Go on from what an earlier run of the same dataset and metrics left there. A function is known by
+                its module and name, or by an attribute ``identity`` of its own; where the code behind the name has
+                changed, begin anew.
 
         Returns:
             The stored analysis; :meth:`load` opens it again.
@@ -133,6 +134,7 @@ class DataAnalyzer:
         Raises:
             ValueError: A sample's tokens are not integers or beyond the vocabulary, or a metric function returns
                 something other than one finite number per sample, or a total something other than finite numbers.
+            TimeoutError: Another process is writing to ``output_dir``.
         """
         mark = fingerprint(self.dataset, self._tokens_of)
         rare = VOCABULARY_RARITY in self.metrics
@@ -156,31 +158,34 @@ class DataAnalyzer:
         dtypes = {name: forms[name].dtype for name in self.metrics}
         totals = {name: forms[name] for name in self._totals}
         bounds = shard_bounds(self.dataset, self._shard_tokens)
-        key = _digest(mark, self.metrics, [(name, form.dtype.str, form.shape) for name, form in forms.items()], bounds)
-        store = Unfinished(self.output_dir, key, bounds, dtypes, 1 + rare, totals=totals, resume=resume)
-        try:
-            self._pass(0, "reading" if functions or totals else "counting tokens", first, store)
-            if rare:
-                second = Measurement(
-                    self.dataset,
-                    {VOCABULARY_RARITY: vocabulary_rarity(store.counts)},
-                    self._tokens_of,
-                    self._batch_tokens,
-                    forms=rarity,
-                )
-                self._pass(1, VOCABULARY_RARITY, second, store)
-        except BaseException:  # Ctrl-C too: what was measured is kept, and the error goes on
-            store.leave()
-            raise
-        return seal_analysis(
-            self.output_dir,
-            store,
-            self.metrics,
-            len(self.dataset),
-            fingerprint=mark,
-            own_tokens=self._tokens_of is not None,
-            counts=store.counts if rare else None,
-        )
+        shapes = [(name, form.dtype.str, form.shape) for name, form in forms.items()]
+        given = [_identity(function) for function in (*self._user_metrics.values(), *self._totals.values())]
+        key = _digest(mark, self.metrics, shapes, bounds, given)
+        with writing_alone(self.output_dir):
+            store = Unfinished(self.output_dir, key, bounds, dtypes, 1 + rare, totals=totals, resume=resume)
+            try:
+                self._pass(0, "reading" if functions or totals else "counting tokens", first, store)
+                if rare:
+                    second = Measurement(
+                        self.dataset,
+                        {VOCABULARY_RARITY: vocabulary_rarity(store.counts)},
+                        self._tokens_of,
+                        self._batch_tokens,
+                        forms=rarity,
+                    )
+                    self._pass(1, VOCABULARY_RARITY, second, store)
+            except BaseException:  # Ctrl-C too: what was measured is kept, and the error goes on
+                store.leave()
+                raise
+            return seal_analysis(
+                self.output_dir,
+                store,
+                self.metrics,
+                len(self.dataset),
+                fingerprint=mark,
+                own_tokens=self._tokens_of is not None,
+                counts=store.counts if rare else None,
+            )
 
     def count_tokens(self) -> npt.NDArray[np.int64]:
         """How often each token number occurs in the dataset: int64, one pass."""
@@ -221,3 +226,10 @@ def _sum(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.i
 
 def _digest(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def _identity(function: MetricFunction) -> str:
+    """What a user's function is known by from run to run."""
+    kind = type(function)
+    named = f"{getattr(function, '__module__', kind.__module__)}:{getattr(function, '__qualname__', kind.__qualname__)}"
+    return str(getattr(function, "identity", named))

@@ -167,10 +167,26 @@ class Unfinished:
 def new_array(path: Path, form: Form) -> npt.NDArray[Any]:
     """A new ``.npy`` file of zeros, mapped for writing; in memory alone where there is nothing to map."""
     if 0 not in form.shape:
-        return np.lib.format.open_memmap(path, mode="w+", dtype=form.dtype, shape=form.shape)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=form.dtype, shape=form.shape)
+        reserve(path)
+        return array
     empty = np.zeros(form.shape, dtype=form.dtype)
     np.save(path, empty, allow_pickle=False)
     return empty
+
+
+def reserve(path: Path) -> None:
+    """Have the disk set aside a file's bytes: through a map a full disk would end the process by a signal.
+
+    Raises:
+        OSError: There is no room.
+    """
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: {size:,} bytes are needed", str(path)) from None
 
 
 def sync_array(path: Path, array: npt.NDArray[Any]) -> None:
