@@ -1,45 +1,140 @@
 """Sums over all ranks that prove that all of them do the same."""
 
+import os
+import signal
+import time
+from typing import Any
+
 import pytest
 import torch.distributed as dist
 
-from penstock._core.meter import Meter
-from penstock._core.waiting import Watcher
-from penstock.pipe.common_sum import CommonSum
-from support.pool import WorkerPool
+from penstock._core.meter import CONTROL, Meter
+from penstock._core.waiting import EXIT_DEADLINE, EXIT_PEER, Watcher
+from penstock.pipe import PipeModelDataParallelTopology
+from penstock.pipe.common_sum import CommonSums
+from penstock.pipe.groups import PipeGroups
+from support.pool import WorkerPool, run_fresh
+
+Mesh = tuple[int, int, int]
+"""Sizes of the pipe, model and data axes."""
 
 
-def add(rank: int, world_size: int, doing: list[tuple[int, bool]]) -> list[float] | str:
-    """The sums, or what the error says."""
-    step, training = doing[rank]
-    numbers = [rank + 1.0, 0.25]
-    total = CommonSum(
-        numbers, "test", step=step, training=training, group=dist.group.WORLD, watcher=Watcher(), meter=Meter()
-    )
-    try:
-        return total.wait()
-    except ValueError as error:
-        return str(error).partition("; ")[0]
+def sums_of(mesh: Mesh, last: int, watcher: Watcher | None = None) -> CommonSums:
+    watcher = watcher or Watcher(rank=dist.get_rank())
+    groups = PipeGroups(PipeModelDataParallelTopology(*mesh), watcher=watcher)
+    return CommonSums(groups, last, watcher=watcher, meter=Meter())
 
 
-def test_numbers_are_added_up(pool: WorkerPool) -> None:
-    assert pool.run(add, 3, [(7, True)] * 3) == [[6.0, 0.75]] * 3
+def add(rank: int, world_size: int, mesh: Mesh, last: int) -> list[list[float]]:
+    """Three sums, each begun while other ranks may still be waiting for the one before."""
+    sums = sums_of(mesh, last)
+    return [
+        sums.start(
+            [10.0**-rank, float("nan") if rank == 0 and step else rank, 2.0**52], "test", step=step, training=True
+        ).wait()
+        for step in range(3)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("doing", "named"),
+    ("mesh", "last"), [((3, 1, 1), 2), ((3, 1, 1), 0), ((1, 1, 5), 0), ((1, 2, 2), 0), ((2, 1, 3), 1), ((2, 2, 2), 0)]
+)
+def test_every_rank_of_a_mesh_is_told_the_same_bits(pool: WorkerPool, mesh: Mesh, last: int) -> None:
+    ranks = mesh[0] * mesh[1] * mesh[2]
+    answers = pool.run(add, ranks, mesh, last)
+    assert len({str(answer) for answer in answers}) == 1
+    first, _, third = answers[0]
+    assert first == [
+        pytest.approx(sum(10.0**-rank for rank in range(ranks)), rel=1e-15),
+        sum(range(ranks)),
+        ranks * 2.0**52,
+    ]
+    assert third[0] == first[0]
+    assert third[1] != third[1], "what is no number stays none"
+
+
+def disagree(rank: int, world_size: int, mesh: Mesh, doing: dict[int, tuple[int, bool, int]]) -> str:
+    """What the error says."""
+    sums = sums_of(mesh, mesh[0] - 1)
+    step, training, numbers = doing.get(rank, (7, True, 2))
+    total = sums.start([0.0] * numbers, "test", step=step, training=training)
+    try:
+        return str(total.wait())
+    except ValueError as error:
+        return str(error)
+
+
+USUAL = "training at step 7 (test: 2 numbers)"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "odd", "does", "said", "other"),
     [
-        ([(7, True), (7, False)], ["training at step 7", "evaluating at step 7"]),
-        ([(7, True), (8, True)], ["training at step 7", "training at step 8"]),
-        ([(0, False), (1, False)], ["evaluating at step 0", "evaluating at step 1"]),
+        ((2, 1, 1), 0, (7, False, 2), "evaluating at step 7 (test: 2 numbers)", 1),
+        ((2, 1, 1), 0, (7, True, 1), "training at step 7 (test: 1 number)", 1),
+        ((2, 1, 2), 1, (8, True, 2), "training at step 8 (test: 2 numbers)", 3),  # ranks 1 and 3 are a pipeline
+        ((1, 1, 3), 2, (7, False, 2), "evaluating at step 7 (test: 2 numbers)", 0),
     ],
 )
-def test_ranks_that_do_different_things_are_all_told(
-    pool: WorkerPool, doing: list[tuple[int, bool]], named: list[str]
+def test_a_rank_that_does_something_else_is_named_on_every_rank(
+    pool: WorkerPool, mesh: Mesh, odd: int, does: tuple[int, bool, int], said: str, other: int
 ) -> None:
-    assert pool.run(add, 2, doing) == [f"this rank is {what}, but not all ranks are" for what in named]
+    ranks = mesh[0] * mesh[1] * mesh[2]
+    problem = f"not all ranks do the same: rank {odd} is {said}, but rank {other} is {USUAL}; every rank must call "
+    assert (
+        pool.run(disagree, ranks, mesh, {odd: does})
+        == [problem + "train_batch and eval_batch in the same order"] * ranks
+    )
 
 
-def test_more_numbers_than_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="got 5 numbers to add up over all ranks; at most 4"):
-        CommonSum([0.0] * 5, "test", step=0, training=True, group=None, watcher=Watcher(), meter=Meter())
+def count(rank: int, world_size: int) -> tuple[Any, float]:
+    sums = sums_of((2, 1, 1), 1)
+    early = sums.start([1.0], "test", step=0, training=True) if rank == 0 else None
+    total = early or sums.start([1.0], "test", step=0, training=True)
+    total.wait()
+    meter = sums._along._meter
+    return (meter.sent[CONTROL], meter.received[CONTROL]), meter.seconds["wait_loss"]
+
+
+def test_bytes_and_waits_are_counted(pool: WorkerPool) -> None:
+    (sent, received), (sent_there, received_there) = (counted for counted, _ in pool.run(count, 2))
+    assert sent == received_there > 0
+    assert sent_there == received > 0
+
+
+def before_the_others(rank: int, world_size: int) -> bool:
+    """Ranks of a pipeline learn the sum while the one with the last stage is still busy."""
+    sums = sums_of((3, 1, 1), 2)
+    store = dist.distributed_c10d._get_default_store()
+    total = sums.start([1.0], "test", step=0, training=True)
+    if rank == 2:
+        store.wait(["0 knows", "1 knows"])
+    known = total.wait() == [3.0]
+    store.set(f"{rank} knows", "")
+    return known
+
+
+def test_who_is_done_does_not_wait_for_those_that_are_not(pool: WorkerPool) -> None:
+    assert pool.run(before_the_others, 3) == [True] * 3
+
+
+def lose(rank: int, world_size: int, mesh: Mesh, lost: int, dies: bool) -> None:
+    """One rank does not take part: it is killed, or stuck."""
+    store = dist.distributed_c10d._get_default_store()
+    with Watcher(rank=rank, deadline_s=3.0, store=store) as watcher:
+        sums = sums_of(mesh, mesh[0] - 1, watcher)
+        sums.start([1.0], "test", step=0, training=True).wait()
+        if rank == lost and dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == lost:
+            time.sleep(60)
+        sums.start([1.0], "the other test", step=1, training=True).wait()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_rank_that_does_not_answer_is_named_in_seconds(dies: bool) -> None:
+    ended = run_fresh(lose, 3, (3, 1, 1), 0, dies, deadline_s=30)
+    for e in ended[1:]:
+        assert e.code in (1, EXIT_PEER, EXIT_DEADLINE), e.stderr
+        said = "failed: Connection closed by peer rank 0" if dies else "still waiting after 3"
+        assert f"rank 2, the other test, peer rank 0: {said}" in e.stderr, e.stderr

@@ -185,7 +185,7 @@ def test_bytes_are_counted_by_kind(pool: WorkerPool) -> None:
     assert there["sent"][ACTIVATIONS] > 2 * 4 * 4 * floats
     # An all-reduce over two ranks moves the buffer once each way.
     assert there["sent"][TIED] == here["sent"][TIED] == 2 * 4 * VOCABULARY * WIDTH
-    assert there["sent"][CONTROL] == 2 * 48  # what is being done and its square, room for four numbers
+    assert 0 < there["sent"][CONTROL] == here["received"][CONTROL] < 2 * 512  # one sum a step
     assert here["seconds"]["wait_forward"] > 0
     assert there["seconds"]["wait_backward"] > 0
 

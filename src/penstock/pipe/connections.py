@@ -9,10 +9,13 @@ import os
 import secrets
 import socket
 import struct
+import sys
 import weakref
 from datetime import timedelta
 from threading import Condition, Thread
 from typing import TYPE_CHECKING, Final
+
+import torch
 
 from penstock._core.waiting import Watcher
 from penstock.pipe.addresses import LOOPBACK, chosen_address, machine, own_addresses
@@ -64,6 +67,8 @@ class Connections:
             "addresses": own_addresses() if chosen is None else [chosen],
             "port": listener.getsockname()[1],
         }
+        self._here = f"{self._key}/on/{machine()}"
+        store.add(self._here, 1)
         store.set(f"{self._key}/{rank}", json.dumps(place))
         # The thread knows nothing of this object, so that connections nobody holds any more are closed.
         Thread(target=_accept, args=(self._open, token), name="penstock-accept", daemon=True).start()
@@ -92,7 +97,8 @@ class Connections:
         key = (peer, direction)
         if key not in self._incoming:
             with self._watcher.waiting(f"waiting to be connected ({direction})", peer=peer):
-                incoming = Incoming(_ready(self._open.arrived(key)), f"rank {peer}")
+                connection = _ready(self._open.arrived(key))
+                incoming = Incoming(connection, f"rank {peer}", looks=self._is_roomy())
             self._open.ends.append(incoming)
             self._incoming[key] = incoming
         return self._incoming[key]
@@ -100,6 +106,11 @@ class Connections:
     def close(self) -> None:
         """Close all connections."""
         self._closing()
+
+    def _is_roomy(self) -> bool:
+        """Whether this machine has a processor for each thread that computes, of all ranks that have come to it."""
+        threads = self._store.add(self._here, 0) * torch.get_num_threads()
+        return threads <= (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
     def _connect(self, peer: int, direction: str) -> socket.socket:
         key = f"{self._key}/{peer}"

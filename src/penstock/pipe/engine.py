@@ -34,11 +34,11 @@ from penstock._core.waiting import Watcher
 from penstock.pipe.agreement import agree
 from penstock.pipe.broadcast import broadcast_value
 from penstock.pipe.codec import Codec
+from penstock.pipe.common_sum import CommonSum, CommonSums
 from penstock.pipe.facts import check_fit, engine_facts
 from penstock.pipe.frame import Address
 from penstock.pipe.groups import PipeGroups
 from penstock.pipe.loss import LossFn
-from penstock.pipe.mean import PendingMean
 from penstock.pipe.micro_batch import MicroBatch
 from penstock.pipe.modes import evaluating, random_state_kept
 from penstock.pipe.passes import Passes
@@ -74,6 +74,7 @@ class PipelineEngine:
 
     Attributes:
         passes: Computes on the stages.
+        sums: Adds up numbers over all ranks.
         recorded: A list to which start and end of every computed action are added, by ``time.perf_counter()``; None
             records nothing.
 
@@ -120,6 +121,7 @@ class PipelineEngine:
         self._head, self._rest = self._program.divided(head_start(schedule))
         self._forward_programs: dict[int, Program] = {}
         self._codecs = dict(codecs or {})
+        self.sums = CommonSums(groups, schedule.placement[-1], watcher=self.watcher, meter=self.meter)
         self._transport = Transport(
             groups.pipe_rank,
             groups.routes,
@@ -162,8 +164,8 @@ class PipelineEngine:
             batches: This replica's micro-batches, in order; ranks between the first and the last stage may leave
                 inputs and targets None.
             step: Optimizer step, the same on every rank.
-            tally: Numbers to add up over all ranks along with the losses, tokens read here for example; at most two,
-                as many on every rank.
+            tally: Numbers to add up over all ranks along with the losses, tokens read here for example; as many on
+                every rank.
             loss_scale: What losses are multiplied by before the backward passes and gradients divided by before they
                 are exchanged; the same on every rank. It keeps small float16 gradients from vanishing.
             validate: Called, on every rank or on none, after the forward passes of
@@ -194,7 +196,7 @@ class PipelineEngine:
             self.exchange.ready(self._tied.parameters)
             # Before the exchange: it proves that all ranks train, which those that wait for gradients rely on. It
             # needs only what came before anyone's last backward pass.
-            loss, tallied = mean.wait()
+            loss, tallied = _mean(mean)
             # The exchange meters its own waits: only it knows what part of this is waiting.
             with self.watcher.waiting("exchange of gradients"):
                 self.exchange.finish()
@@ -220,7 +222,7 @@ class PipelineEngine:
             self._prepare(len(batches))
             mean = self._run_with_mean(self._forward_program(len(batches)), state)
             self._transport.drain()
-            return mean.wait()[0]
+            return _mean(mean)[0]
 
     def predict_step(
         self, batches: Sequence[MicroBatch], *, step: int = 0, ranks: Collection[int] | None = ()
@@ -303,10 +305,12 @@ class PipelineEngine:
         self._transport.begin(head.messages)
         self._run(head, head.steps, state)
 
-    def _run_with_mean(self, program: Program, state: StepState, tally: Sequence[float] = ()) -> PendingMean:
+    def _run_with_mean(self, program: Program, state: StepState, tally: Sequence[float] = ()) -> CommonSum:
         self._transport.begin(program.messages)
         self._run(program, program.steps[: program.forwards_end], state)
-        mean = self._mean_of(state, tally)
+        total = torch.stack(state.losses).double().sum().item() if state.losses else 0.0
+        numbers = [total, len(state.losses), *tally]
+        mean = self.sums.start(numbers, "mean loss", step=state.number, training=state.backward)
         self._run(program, program.steps[program.forwards_end :], state)
         return mean
 
@@ -364,17 +368,6 @@ class PipelineEngine:
         work.run(arm)
         self.exchange.ready(left.values())
 
-    def _mean_of(self, state: StepState, tally: Sequence[float] = ()) -> PendingMean:
-        return PendingMean(
-            state.losses,
-            tally,
-            step=state.number,
-            training=state.backward,
-            group=self.groups.control,
-            watcher=self.watcher,
-            meter=self.meter,
-        )
-
     @contextmanager
     def _failures_reported(self, state: StepState) -> Iterator[None]:
         """Say where an error happened, and tell the other ranks."""
@@ -388,3 +381,9 @@ class PipelineEngine:
             error.add_note(f"(penstock: {where})")
             self.watcher.report(error)
             raise
+
+
+def _mean(total: CommonSum) -> tuple[float, tuple[float, ...]]:
+    """The mean loss and the tallies, once every rank has been heard."""
+    losses, count, *tally = total.wait()
+    return losses / count, tuple(tally)

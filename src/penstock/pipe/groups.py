@@ -48,6 +48,7 @@ class PipeGroups:
         rank: This rank in the world.
         pipe_rank: Its place in its pipeline.
         num_pipe_ranks: Length of the pipeline.
+        pipeline_ranks: Of this pipeline, by place, their ranks in the world.
         replica: Which data-parallel replica it belongs to.
         num_replicas: How many there are.
         model_rank: Its place on the ``model`` axis.
@@ -57,6 +58,7 @@ class PipeGroups:
         replicas: The ranks that hold the same stages, for the gradient exchange.
         model: The ranks that divide the same layers among them.
         tied: For each tie key with copies on several ranks of this pipeline, this one among them: those ranks.
+        connections: To other ranks; None for a world of one.
         routes: For the transport, by direction; none for a pipeline of one rank.
         store: The rendezvous store, None for a world of one.
         timeout: Torch's own limit on an operation in these groups.
@@ -94,6 +96,8 @@ class PipeGroups:
         place = topology.get_coord(self.rank)
         self.pipe_rank: int = place.pipe
         self.num_pipe_ranks = topology.get_dim("pipe")
+        pipelines = topology.get_axis_comm_lists("pipe")
+        self.pipeline_ranks: tuple[int, ...] = next(tuple(ranks) for ranks in pipelines if self.rank in ranks)
         self.replica: int = getattr(place, "data", 0)
         self.num_replicas = topology.get_dim("data") or 1
         self.model_rank: int = getattr(place, "model", 0)
@@ -103,7 +107,7 @@ class PipeGroups:
         self.timeout = timeout
         self._groups: list[dist.ProcessGroup] = []
         sharing = _checked_ties(tied or {}, self.num_pipe_ranks)
-        self._connections: Connections | None = None
+        self.connections: Connections | None = None
         watcher = watcher or Watcher(rank=self.rank)
         if world_size > 1:
             self.store = store if store is not None else _default_store()
@@ -115,8 +119,7 @@ class PipeGroups:
                 "tied weights": {key: list(ranks) for key, ranks in sorted(sharing.items())},
             }
             agree("topology", facts, store=self.store, rank=self.rank, world_size=world_size, watcher=watcher)
-            if self.num_pipe_ranks > 1:
-                self._connections = Connections(self.rank, store=self.store, watcher=watcher)
+            self.connections = Connections(self.rank, store=self.store, watcher=watcher)
         with watcher.waiting("making process groups"):
             self._make(sharing, payload_backend)
 
@@ -131,11 +134,10 @@ class PipeGroups:
         self.replicas = self._new(self.topology.get_axis_comm_lists("data"), backend, "replicas")
         self.model = self._new(self.topology.get_axis_comm_lists("model"), backend, "model")
         self.routes: dict[str, Route] = {}
-        mine = next(ranks for ranks in pipelines if self.rank in ranks)
         for direction in ("F", "B"):
             payload = self._new(pipelines, payload_backend, f"payload {direction}") if payload_backend else None
-            if self._connections is not None:
-                self.routes[direction] = Route(direction, self._connections, tuple(mine), payload, self.device)
+            if self.connections is not None and self.num_pipe_ranks > 1:
+                self.routes[direction] = Route(direction, self.connections, self.pipeline_ranks, payload, self.device)
         # Keys with the same owners share a group.
         self.tied: dict[str, dist.ProcessGroup] = {}
         groups = {
@@ -164,8 +166,8 @@ class PipeGroups:
 
     def close(self) -> None:
         """Close the connections and destroy the groups. Collective."""
-        if self._connections is not None:
-            self._connections.close()
+        if self.connections is not None:
+            self.connections.close()
         for group in self._groups:
             dist.destroy_process_group(group)
         self._groups.clear()

@@ -399,9 +399,7 @@ class Engine:
             counts=parts.cut.counts,
             total_micro_batches=parts.cut.micro_batches * parts.cut.replicas,
             step=self.progress.step,
-            group=parts.groups.control,
-            watcher=parts.watcher,
-            meter=parts.meter,
+            sums=parts.pipeline.sums,
         )
 
     def _overflowed(self, loss: float) -> bool:

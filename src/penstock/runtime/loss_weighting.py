@@ -12,11 +12,7 @@ number it is exactly 1.0 and changes nothing.
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch.distributed as dist
-
-from penstock._core.meter import Meter
-from penstock._core.waiting import Watcher
-from penstock.pipe.common_sum import CommonSum
+from penstock.pipe.common_sum import CommonSums
 from penstock.pipe.labels import IGNORED, count_labels
 from penstock.pipe.micro_batch import MicroBatch
 
@@ -28,9 +24,7 @@ def weigh_by_tokens(
     counts: bool,
     total_micro_batches: int,
     step: int,
-    group: dist.ProcessGroup | None,
-    watcher: Watcher,
-    meter: Meter,
+    sums: CommonSums,
 ) -> list[MicroBatch]:
     """The micro-batches with their weights; every rank calls it.
 
@@ -40,23 +34,14 @@ def weigh_by_tokens(
         counts: Whether it is the one to count them, of several ranks that compute the same losses.
         total_micro_batches: Over all replicas.
         step: Optimizer step.
-        group: All ranks, on gloo; None for a world of one.
-        watcher: Told of the wait.
-        meter: Counts the bytes (``control``).
+        sums: Of all ranks.
 
     Raises:
         ValueError: Not all ranks train at this step, or no micro-batch of the global batch has a token.
     """
     labels = [count_labels(batch.targets) if is_last else 0 for batch in batches]
-    total = CommonSum(
-        [sum(labels) if counts else 0],
-        "number of real tokens in the global batch",
-        step=step,
-        training=True,
-        group=group,
-        watcher=watcher,
-        meter=meter,
-    )
+    here = sum(labels) if counts else 0
+    total = sums.start([here], "number of real tokens in the global batch", step=step, training=True)
     tokens = int(total.wait()[0])
     if tokens == 0:
         raise ValueError(
