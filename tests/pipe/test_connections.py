@@ -1,10 +1,13 @@
 """Connections between ranks: whole frames in order, without waiting, and never from a stranger."""
 
+import contextlib
+import errno
 import gc
 import json
 import os
 import random
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock._core.waiting import WaitError, Watcher
+from penstock.pipe import greeting
 from penstock.pipe.addresses import chosen_address, own_addresses
 from penstock.pipe.buffers import Buffer
 from penstock.pipe.connections import Connections
@@ -161,19 +165,21 @@ def test_what_is_no_frame_is_refused(pair: tuple[Outgoing, Incoming]) -> None:
         incoming.receive(Buffer)
 
 
-@pytest.mark.parametrize("hello", [b"", b"PSTC" + bytes(16) + bytes(4) + b"F", b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"])
+HELLO = b"PSTC" + bytes(4) + b"F" + bytes(16)
+"""What a rank begins with; what a stranger cannot know comes after it."""
+
+
+@pytest.mark.parametrize("hello", [b"", HELLO, HELLO + bytes(32), b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"])
 def test_strangers_are_turned_away(hello: bytes) -> None:
     store = dist.HashStore()
     a, b = (Connections(rank, store=store, watcher=Watcher(rank=rank)) for rank in (0, 1))
     place = json.loads(store.get("penstock/connections/1/1"))
     with socket.create_connection(("127.0.0.1", place["port"]), timeout=20) as stranger:
         stranger.sendall(hello)
-        try:
+        with contextlib.suppress(OSError):  # it may have been hung up on before it had ended
             stranger.shutdown(socket.SHUT_WR)
-            said = stranger.recv(100)
-        except OSError:  # it was hung up on before it had ended
-            said = b""
-        assert said == b""
+            while stranger.recv(100):
+                pass
     a.outgoing(1, "F").send(frame(b"friend"))
     assert b.incoming(0, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 6] == b"friend"
     a.close()
@@ -196,8 +202,9 @@ def test_a_rank_that_cannot_be_reached_is_named_with_the_remedy() -> None:
     a.close()
 
 
-def test_another_listener_at_an_address_is_passed_by() -> None:
+def test_another_listener_at_an_address_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine's loopback may lead to another program: the next address is tried."""
+    monkeypatch.setattr(greeting, "CALL_S", 0.3)
     store = dist.HashStore()
     a, b = (Connections(rank, store=store, watcher=Watcher(rank=rank)) for rank in (0, 1))
     place = json.loads(store.get("penstock/connections/1/1"))
@@ -207,6 +214,65 @@ def test_another_listener_at_an_address_is_passed_by() -> None:
         other.settimeout(20)
         a.outgoing(1, "F").send(frame(b"here"))
         assert b.incoming(0, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 4] == b"here"
+    a.close()
+    b.close()
+
+
+def test_a_listener_that_is_slow_to_answer_is_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom the caller has given up on is not taken for it."""
+    monkeypatch.setattr(greeting, "CALL_S", 0.3)
+    answered: list[object] = []
+
+    def slow(connection: socket.socket, token: bytes) -> greeting.Caller | None:
+        first = not answered
+        answered.append(None)
+        if first:
+            time.sleep(1.0)
+        caller = greeting.answer(connection, token)
+        answered.append(caller)
+        return caller
+
+    monkeypatch.setattr("penstock.pipe.connections.answer", slow)
+    a, b = two()
+    a.outgoing(1, "F").send(frame(b"here"))
+    assert b.incoming(0, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 4] == b"here"
+    assert answered.count((0, "F")) == 1
+    a.close()
+    b.close()
+
+
+def test_who_does_not_call_is_named_though_nobody_watches() -> None:
+    b = Connections(1, store=dist.HashStore(), watcher=Watcher(rank=1, deadline_s=0.01))
+    with pytest.raises(
+        WaitError, match=r"waiting to be connected \(F\), peer rank 0: failed: rank 0 has not connected"
+    ):
+        b.incoming(0, "F")
+    b.close()
+
+
+def test_calls_that_fail_do_not_end_the_listening(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = [OSError(errno.EMFILE, "Too many open files"), OSError(errno.ECONNABORTED, "aborted")]
+    accept = socket.socket.accept
+
+    def sometimes(listener: socket.socket) -> tuple[socket.socket, object]:
+        connection = accept(listener)
+        if failing:
+            connection[0].close()
+            raise failing.pop()
+        return connection
+
+    monkeypatch.setattr(socket.socket, "accept", sometimes)
+    monkeypatch.setattr("penstock.pipe.connections._PAUSE_S", 0.0)
+    a, b = two()
+    place = json.loads(a._store.get("penstock/connections/1/1"))
+    for _ in range(2):
+        with (
+            socket.create_connection(("127.0.0.1", place["port"]), timeout=20) as stranger,
+            contextlib.suppress(OSError),
+        ):
+            stranger.recv(1)
+    a.outgoing(1, "F").send(frame(b"here"))
+    assert b.incoming(0, "F").receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 4] == b"here"
     a.close()
     b.close()
 

@@ -8,8 +8,8 @@ import json
 import os
 import secrets
 import socket
-import struct
 import sys
+import time
 import weakref
 from datetime import timedelta
 from threading import Condition, Thread
@@ -19,6 +19,7 @@ import torch
 
 from penstock._core.waiting import Watcher
 from penstock.pipe.addresses import LOOPBACK, chosen_address, machine, own_addresses
+from penstock.pipe.greeting import TOKEN_BYTES, Caller, answer, call
 from penstock.pipe.incoming import Incoming
 from penstock.pipe.outgoing import ConnectionLostError, Outgoing, shut
 
@@ -26,19 +27,17 @@ if TYPE_CHECKING:  # a compiled type: torch.distributed exports it at run time o
     from torch._C._distributed_c10d import Store
 
 _KEY: Final = "penstock/connections"
-_HELLO: Final = struct.Struct("<4s16sIc")
-_MAGIC: Final = b"PSTC"
-_WELCOME: Final = b"OK"
-_TOKEN_BYTES: Final = 16
-_HANDSHAKE_S: Final = 5.0
-"""A peer that takes longer to say who it is, or a host to answer, is none of ours."""
+_GRACE_S: Final = 2.0
+"""A watcher that runs ends a wait sooner, and says more."""
+_PAUSE_S: Final = 0.05
 
 
 class Connections:
     """This rank's connections, made when they are first asked for.
 
     Collective: every rank of the world makes one, at the same point of its program. Each listens on a port and tells
-    the others where by the store, with a secret that they must know; whoever does not is turned away.
+    the others where by the store, with a secret that both sides prove to know (:mod:`penstock.pipe.greeting`); whoever
+    does not is turned away.
 
     Args:
         rank: In the world.
@@ -55,7 +54,7 @@ class Connections:
         self._watcher = watcher
         self._outgoing: dict[tuple[int, str], Outgoing] = {}
         self._incoming: dict[tuple[int, str], Incoming] = {}
-        token = secrets.token_bytes(_TOKEN_BYTES)
+        token = secrets.token_bytes(TOKEN_BYTES)
         chosen = chosen_address()
         listener = _listen(chosen)
         self._open = _Open(listener)
@@ -97,7 +96,7 @@ class Connections:
         key = (peer, direction)
         if key not in self._incoming:
             with self._watcher.waiting(f"waiting to be connected ({direction})", peer=peer):
-                connection = _ready(self._open.arrived(key))
+                connection = _ready(self._open.arrived(key, self._watcher.deadline_s + _GRACE_S))
                 incoming = Incoming(connection, f"rank {peer}", looks=self._is_roomy())
             self._open.ends.append(incoming)
             self._incoming[key] = incoming
@@ -119,13 +118,19 @@ class Connections:
         addresses = list(place["addresses"])
         if place["machine"] == machine() and chosen_address() is None:
             addresses = [LOOPBACK, *(address for address in addresses if address != LOOPBACK)]
-        hello = _HELLO.pack(_MAGIC, bytes.fromhex(place["token"]), self.rank, direction.encode())
-        failures = []
-        for address in addresses:
-            try:
-                return _greet(address, place["port"], hello)
-            except OSError as error:
-                failures.append(f"{address} port {place['port']}: {error.strerror or error}")
+        port, token = place["port"], bytes.fromhex(place["token"])
+        until = time.monotonic() + self._watcher.deadline_s
+        again = True
+        while again:
+            failures = []
+            again = False
+            for address in addresses:
+                try:
+                    return call(address, port, token, Caller(self.rank, direction))
+                except OSError as error:
+                    failures.append(f"{address} port {port}: {error.strerror or error}")
+                    # Packets may be lost and machines be busy; one that says no will say it again.
+                    again |= isinstance(error, TimeoutError) and time.monotonic() < until
         raise ConnectionLostError(
             f"cannot connect to rank {peer} on any of its addresses ({'; '.join(failures)}); name the network's "
             "interface with GLOO_SOCKET_IFNAME on every machine, and let its ports through between them"
@@ -138,6 +143,7 @@ class _Open:
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
         self.ends: list[Outgoing | Incoming] = []
+        self.closed = False
         self._owner = os.getpid()
         self._callers: dict[tuple[int, str], socket.socket] = {}
         self._changed = Condition()
@@ -145,20 +151,28 @@ class _Open:
     def arrive(self, key: tuple[int, str], connection: socket.socket) -> None:
         """Note a rank and direction that has connected."""
         with self._changed:
+            if self.closed:
+                shut(connection)
+                return
             self._callers[key] = connection
             self._changed.notify_all()
 
-    def arrived(self, key: tuple[int, str]) -> socket.socket:
-        """The connection of a rank and direction, once it is there."""
+    def arrived(self, key: tuple[int, str], limit_s: float) -> socket.socket:
+        """The connection of a rank and direction, once it is there.
+
+        Raises:
+            ConnectionLostError: It does not come within so many seconds.
+        """
         with self._changed:
-            while key not in self._callers:
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: key in self._callers, limit_s):
+                raise ConnectionLostError(f"rank {key[0]} has not connected within {limit_s:g} s")
             return self._callers.pop(key)
 
     def close(self) -> None:
         """Close everything, unless this is a forked child: it would close the connections of its parent."""
         if os.getpid() != self._owner:
             return
+        self.closed = True
         shut(self.listener)
         for end in self.ends:
             end.close()
@@ -170,22 +184,23 @@ class _Open:
 
 
 def _accept(into: _Open, token: bytes) -> None:
-    """Take calls until the listener is closed."""
-    while True:
+    """Take calls until the listener is closed, each on a thread of its own: a stranger may be silent for long."""
+    while not into.closed:
         try:
             connection, _ = into.listener.accept()
-        except OSError:
-            return
-        try:
-            connection.settimeout(_HANDSHAKE_S)
-            magic, known, rank, direction = _HELLO.unpack(_exactly(connection, _HELLO.size))
-            if magic == _MAGIC and secrets.compare_digest(known, token):
-                connection.sendall(_WELCOME)
-                into.arrive((rank, direction.decode("ascii", "replace")), connection)
-                continue
-        except OSError:  # it hung up, or took too long
-            pass
+        except OSError:  # closed; or a call that ended early, or no file is left for it for now: others will come
+            if not into.closed:
+                time.sleep(_PAUSE_S)
+            continue
+        Thread(target=_admit, args=(connection, into, token), name="penstock-greet", daemon=True).start()
+
+
+def _admit(connection: socket.socket, into: _Open, token: bytes) -> None:
+    caller = answer(connection, token)
+    if caller is None:
         shut(connection)
+    else:
+        into.arrive(caller, connection)
 
 
 def _listen(address: str | None) -> socket.socket:
@@ -197,35 +212,12 @@ def _listen(address: str | None) -> socket.socket:
     return socket.create_server(("", 0))
 
 
-def _greet(address: str, port: int, hello: bytes) -> socket.socket:
-    """Connect and say who calls; the answer proves that it is the right listener.
-
-    Raises:
-        OSError: Nobody answers there, or somebody else does.
-    """
-    connection = socket.create_connection((address, port), timeout=_HANDSHAKE_S)
-    try:
-        connection.sendall(hello)
-        if _exactly(connection, len(_WELCOME)) != _WELCOME:
-            raise ConnectionRefusedError(f"another program listens at {address}")
-    except OSError:
-        connection.close()
-        raise
-    return connection
-
-
-def _exactly(connection: socket.socket, nbytes: int) -> bytes:
-    got = b""
-    while len(got) < nbytes:
-        piece = connection.recv(nbytes - len(got))
-        if not piece:
-            raise ConnectionResetError("closed during the greeting")
-        got += piece
-    return got
-
-
 def _ready(connection: socket.socket) -> socket.socket:
-    """A connection that blocks, and sends at once what it is given."""
+    """A connection that blocks, sends at once what it is given, and ends if the other machine vanishes."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6)):
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
     return connection
