@@ -241,7 +241,8 @@ def test_a_listener_that_is_slow_to_answer_is_called_again(monkeypatch: pytest.M
     b.close()
 
 
-def test_who_does_not_call_is_named_though_nobody_watches() -> None:
+def test_who_does_not_call_is_named_though_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.pipe.connections._GRACE_S", 0.0)
     b = Connections(1, store=dist.HashStore(), watcher=Watcher(rank=1, deadline_s=0.01))
     with pytest.raises(
         WaitError, match=r"waiting to be connected \(F\), peer rank 0: failed: rank 0 has not connected"
