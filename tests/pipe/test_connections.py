@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,6 +96,53 @@ def test_what_the_kernel_has_no_room_for_leaves_by_itself(pair: tuple[Outgoing, 
     assert incoming.receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 1] == b"x"
     pending[1].wait()
     assert outgoing.send(frame(b"y")) is None, "there is room again"
+
+
+class Line:
+    """In the place of a socket and of the clock: each frame comes so many seconds after it is first asked for."""
+
+    def __init__(self, delays: list[float]) -> None:
+        self.now = self.asked = 0.0
+        self.delays = delays
+        self.calls = ""
+
+    def recv_into(self, memory: memoryview, flags: int = 0) -> int:
+        if not self.calls or self.calls[-1] in "! ":
+            self.asked = self.now
+        self.now += 10e-6
+        there = self.now >= self.asked + self.delays[0]
+        if flags & socket.MSG_DONTWAIT and not there:
+            self.calls += "?"
+            raise BlockingIOError
+        self.now = max(self.now, self.asked + self.delays.pop(0))
+        self.calls += "!" if flags & socket.MSG_DONTWAIT else "z "
+        memory[: 2 * HEADER_BYTES] = frame(bytes(HEADER_BYTES))
+        return 2 * HEADER_BYTES
+
+
+@pytest.mark.parametrize(("looks", "calls"), [(True, "z z ???!" + "?" * 20 + "z z !"), (False, "z " * 6)])
+def test_a_rank_looks_out_for_a_frame_after_a_brief_wait(
+    monkeypatch: pytest.MonkeyPatch, looks: bool, calls: str
+) -> None:
+    line = Line([1e-3, 5e-5, 3.5e-5, 5e-3, 1.5e-4, 0.0])
+    monkeypatch.setattr("penstock.pipe.incoming.time.perf_counter", lambda: line.now)
+    incoming = Incoming(line, "rank 0", looks=looks)  # type: ignore[arg-type]
+    for _ in range(6):
+        incoming.receive(Buffer)
+    assert line.calls == calls
+
+
+@pytest.mark.parametrize(("processors", "threads", "looks"), [(1, 1, False), (2, 1, True), (3, 2, False), (4, 2, True)])
+def test_ranks_look_where_the_machine_has_a_processor_for_each_thread(
+    monkeypatch: pytest.MonkeyPatch, processors: int, threads: int, looks: bool
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    a, b = two()
+    a.outgoing(1, "F")
+    assert b.incoming(0, "F")._looks == looks
+    a.close()
+    b.close()
 
 
 def test_each_direction_has_a_connection_of_its_own() -> None:

@@ -15,7 +15,7 @@ from penstock.pipe.outgoing import ConnectionLostError, shut
 _EARLY_BYTES: Final = 8192
 """What one look may bring before it is known how long a frame is: short frames take one system call."""
 
-_BRIEF_S: Final = 100e-6
+_BRIEF_S: Final = 200e-6
 """A wait up to this long is better spent looking: to be woken costs a sleeper less, but the rank that wakes it as much,
 on its way to what others wait for."""
 
@@ -45,7 +45,7 @@ class Incoming:
         connection: A blocking socket; used for receiving by this object alone.
         peer: Who is at its other end, for messages.
         looks: Whether there is a processor to spare for looking out for a frame that is about to come, where the one
-            before came within 100 us.
+            before came within 200 us.
     """
 
     def __init__(self, connection: socket.socket, peer: str, *, looks: bool = False) -> None:
