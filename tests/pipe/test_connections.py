@@ -195,14 +195,30 @@ def test_connections_that_nobody_holds_are_closed() -> None:
     b.close()
 
 
-def test_a_forked_child_leaves_its_parents_connections_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_child_neither_closes_its_parents_connections_nor_keeps_them_open() -> None:
     a, b = two()
     outgoing, incoming = a.outgoing(1, "F"), b.incoming(0, "F")
-    with monkeypatch.context() as forked:
-        forked.setattr(os, "getpid", lambda: -1)
-        a.close()
+    (ready, tell_ready), (wait, end) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            a.close()
+            os.write(tell_ready, b"!")
+            os.close(end)
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    os.read(ready, 1)
     outgoing.send(frame(b"still here"))
     assert incoming.receive(Buffer).memory[HEADER_BYTES : HEADER_BYTES + 10] == b"still here"
+    outgoing._socket.close()  # as it is when a process is killed
+    incoming._socket.settimeout(20)
+    with pytest.raises(ConnectionLostError, match="closed by peer rank 0"):
+        incoming.receive(Buffer)
+    for pipe in (end, wait, ready, tell_ready):
+        os.close(pipe)
+    os.waitpid(child, 0)
+    a.close()
     b.close()
 
 

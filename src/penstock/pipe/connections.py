@@ -137,6 +137,9 @@ class Connections:
         )
 
 
+_all_open: "weakref.WeakSet[_Open]" = weakref.WeakSet()
+
+
 class _Open:
     """What is open, and who has called."""
 
@@ -144,7 +147,7 @@ class _Open:
         self.listener = listener
         self.ends: list[Outgoing | Incoming] = []
         self.closed = False
-        self._owner = os.getpid()
+        _all_open.add(self)
         self._callers: dict[tuple[int, str], socket.socket] = {}
         self._changed = Condition()
 
@@ -168,9 +171,17 @@ class _Open:
                 raise ConnectionLostError(f"rank {key[0]} has not connected within {limit_s:g} s")
             return self._callers.pop(key)
 
+    def leave(self) -> None:
+        """In a forked child: hold nothing open of what is its parent's, whose peers are to see that it ends."""
+        for end in self.ends:
+            end.leave()
+        for connection in (self.listener, *self._callers.values()):
+            connection.close()
+        self.closed = True
+
     def close(self) -> None:
-        """Close everything, unless this is a forked child: it would close the connections of its parent."""
-        if os.getpid() != self._owner:
+        """Close everything."""
+        if self.closed:
             return
         self.closed = True
         shut(self.listener)
@@ -181,6 +192,14 @@ class _Open:
                 shut(connection)
             self._callers.clear()
         self.ends.clear()
+
+
+def _leave_all() -> None:
+    for opened in list(_all_open):
+        opened.leave()
+
+
+os.register_at_fork(after_in_child=_leave_all)
 
 
 def _accept(into: _Open, token: bytes) -> None:

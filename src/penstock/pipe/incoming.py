@@ -94,6 +94,10 @@ class Incoming:
         shut(self._socket)
         self._queue.put(None)
 
+    def leave(self) -> None:
+        """Let go of the connection without closing it: it is another process's."""
+        self._socket.close()
+
     def _work(self) -> None:
         while (posted := self._queue.get()) is not None:
             try:

@@ -105,6 +105,10 @@ class Outgoing:
         shut(self._socket)
         self._queue.put(None)
 
+    def leave(self) -> None:
+        """Let go of the connection without closing it: it is another process's."""
+        self._socket.close()
+
     def _work(self) -> None:
         while (pending := self._queue.get()) is not None:
             if self._error is None:

@@ -146,7 +146,7 @@ class Engine:
             step = parts.feed.step(progress.step, samples=progress.samples, tokens=progress.tokens)
             micro_batches, consumed = self._training_batches(data_iter, step)
             if step.tokens is None:  # otherwise the step's plan has weighed them
-                micro_batches = self._weighted(micro_batches)
+                micro_batches = self._weighted(micro_batches, training=True)
             read = sum(batches.tokens_in(batch.inputs) for batch in micro_batches) if parts.cut.enters else 0
             self._recorder.begin()
             result = parts.pipeline.train_step(
@@ -206,7 +206,7 @@ class Engine:
         parts = self.parts
         self.validate()
         with self._told("eval_batch"):
-            micro_batches = self._weighted(self._given_batches(data_iter))
+            micro_batches = self._weighted(self._given_batches(data_iter), training=False)
             with common_weights(parts):
                 loss = parts.pipeline.eval_step(micro_batches, step=self.progress.step)
             self._reshard()
@@ -388,7 +388,7 @@ class Engine:
         if self.config.data_parallel.sharded:
             self.parts.exchange.reshard()  # type: ignore[attr-defined]
 
-    def _weighted(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    def _weighted(self, micro_batches: list[MicroBatch], *, training: bool) -> list[MicroBatch]:
         """Micro-batches that count by their labels, unless they count alike."""
         parts = self.parts
         if self.config.train.loss_weighting == "micro_batches" or parts.pipeline.loss_fn is None:
@@ -399,6 +399,7 @@ class Engine:
             counts=parts.cut.counts,
             total_micro_batches=parts.cut.micro_batches * parts.cut.replicas,
             step=self.progress.step,
+            training=training,
             sums=parts.pipeline.sums,
         )
 

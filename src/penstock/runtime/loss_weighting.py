@@ -24,6 +24,7 @@ def weigh_by_tokens(
     counts: bool,
     total_micro_batches: int,
     step: int,
+    training: bool,
     sums: CommonSums,
 ) -> list[MicroBatch]:
     """The micro-batches with their weights; every rank calls it.
@@ -34,14 +35,15 @@ def weigh_by_tokens(
         counts: Whether it is the one to count them, of several ranks that compute the same losses.
         total_micro_batches: Over all replicas.
         step: Optimizer step.
+        training: Whether this rank trains or evaluates.
         sums: Of all ranks.
 
     Raises:
-        ValueError: Not all ranks train at this step, or no micro-batch of the global batch has a token.
+        ValueError: Not all ranks do the same, or no micro-batch of the global batch has a token.
     """
     labels = [count_labels(batch.targets) if is_last else 0 for batch in batches]
     here = sum(labels) if counts else 0
-    total = sums.start([here], "number of real tokens in the global batch", step=step, training=True)
+    total = sums.start([here], "number of real tokens in the global batch", step=step, training=training)
     tokens = int(total.wait()[0])
     if tokens == 0:
         raise ValueError(
