@@ -44,7 +44,7 @@ def _plain_afterwards() -> Iterator[None]:
 def test_the_cpu_kernels_give_the_bits_of_torch_and_numpy(which, numel: int, seed: int, wild: bool) -> None:
     name, options = which
     algorithm = create_compression_algorithm(name, options)
-    assert kernels_for(name, None, torch.empty(1)) is not None
+    assert kernels_for(name, None, torch.empty(1), block_size=256) is not None
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(numel, generator=generator) * 10.0 ** (seed % 40 - 20)
     owed = torch.randn(numel, generator=generator) * x.abs().mean()
@@ -68,7 +68,7 @@ def test_the_cpu_kernels_give_the_bits_of_torch_and_numpy(which, numel: int, see
 def test_a_choice_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="unknown choice of kernels 'numba'; known: 'auto', 'none'"):
         use_kernels("numba")  # type: ignore[arg-type]
-    assert kernels_for("onebit", None, torch.empty(1, dtype=torch.float64)) is None
+    assert kernels_for("onebit", None, torch.empty(1, dtype=torch.float64), block_size=256) is None
 
 
 INTERPRETED = """

@@ -296,3 +296,20 @@ def matrices_over_machines(rank: int, world_size: int) -> str:
 def test_warm_up_cannot_be_negative() -> None:
     with pytest.raises(ValueError, match="got -2"):
         DDPCompression(None, warmup_steps=-2)
+
+
+def tiny_half_gradients(rank: int, world_size: int) -> torch.Tensor:
+    """Gradients of 1e-7, which float16 knows only times a loss scale."""
+    model = nn.Linear(8, 4, bias=False).half()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(DDPCompression(None, scaler=scaler), ddp_compression_hook)
+    loss = wrapped(torch.ones(1, 8, dtype=torch.float16)).float().sum() * 1e-7
+    scaler.scale(loss).backward()
+    assert model.weight.grad is not None
+    return model.weight.grad
+
+
+def test_what_loss_scaling_saves_is_not_lost_where_nothing_is_compressed(pool: WorkerPool) -> None:
+    for gradient in pool.run(tiny_half_gradients, 2):
+        torch.testing.assert_close(gradient.float(), torch.full((4, 8), 1e-7 * 2**16), rtol=1e-2, atol=0)

@@ -138,7 +138,7 @@ class DDPCompression:
             self._scale = self._scaler.get_scale()
         for piece in slot.pieces:
             piece.fill(buffer)
-            if scaled:
+            if scaled and piece.memory is not None:  # units matter to a memory alone, and 16 bits are too few for them
                 piece.keep_memory()
                 piece.flat.div_(self._scale)
         devices: list[int | str | torch.device] = [buffer.device] if buffer.device.type == "cuda" else []

@@ -71,12 +71,15 @@ class Piece:
             flat.copy_(source)
 
     def write_back(self, bucket: Tensor, scale: float) -> None:
-        """The result times ``scale`` into the bucket; what a mask cuts off is neither sent nor owed."""
+        """The result into the bucket, times ``scale`` where there is a memory.
+
+        What a mask cuts off is neither sent nor owed.
+        """
         if self._mask is not None:
             self.flat.mul_(self._mask)
             if self.memory is not None:
                 self.memory.cut_off(self._mask)
-        if scale != 1.0:
+        if scale != 1.0 and self.memory is not None:
             self.flat.mul_(scale)
         if self.in_place:
             return

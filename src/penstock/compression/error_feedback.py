@@ -5,6 +5,7 @@ updates", JMLR 2020. With ``y = x + memory``, a compressor sends ``C(y)`` and th
 sum of everything sent, plus the memory, is the sum of everything that came in.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,14 +147,26 @@ class ErrorFeedback:
 
 def is_finite(payload: Payload) -> bool:
     """Whether a payload holds neither NaN nor infinity in its floating fields; waits for a GPU."""
-    return all(all_finite(field) for field in payload.values() if field.is_floating_point())
+    return are_finite([payload])
+
+
+def are_finite(payloads: Iterable[Payload]) -> bool:
+    """Whether no payload holds a NaN or infinity; waits for a GPU once, however many they are."""
+    fields = [field for payload in payloads for field in payload.values() if field.is_floating_point()]
+    if not fields:
+        return True
+    sums = torch.stack([field.sum(dtype=_wide(field)).double() for field in fields])
+    return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(field).all()) for field in fields)
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity; waits for a GPU."""
     # A sum is cheaper, and decides unless it overflows itself.
-    wide = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
-    return bool(torch.isfinite(tensor.sum(dtype=wide))) or bool(torch.isfinite(tensor).all())
+    return bool(torch.isfinite(tensor.sum(dtype=_wide(tensor)))) or bool(torch.isfinite(tensor).all())
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.float32
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:

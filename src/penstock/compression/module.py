@@ -137,6 +137,7 @@ class CompressionModule:
         memory = self._memories.get(name)
         if memory is None:
             memory = self._memories[name] = ErrorFeedback.for_tensor(self.algorithm, tensor, self._rule)
+        memory.memory = memory.memory.to(tensor.device)  # a loaded one lies where it was read to
         if memory.memory.numel() != tensor.numel():
             raise ValueError(
                 f"the error memory named {name!r} holds {memory.memory.numel()} elements, but the tensor has "
@@ -153,6 +154,8 @@ class CompressionModule:
             if first is not None:
                 self._starts[name] = first
         start = self._starts.get(name)
+        if start is not None:
+            start = self._starts[name] = start.to(tensor.device)
         if memory is None:
             return algorithm.compress_from(tensor, start)
         total = tensor + memory.memory.view(tensor.shape)

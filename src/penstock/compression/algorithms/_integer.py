@@ -58,7 +58,8 @@ class StochasticQuantiser(BlockQuantiser):
         return other
 
     def _kernels(self, *tensors: Tensor) -> BlockKernels | None:
-        return kernels_for(self.name, self._key if self.stochastic else None, *tensors)
+        key = self._key if self.stochastic else None
+        return kernels_for(self.name, key, *tensors, block_size=self.block_size)
 
     def _round(self, levels: Tensor, *, start: int) -> Tensor:
         """Whole numbers from ``levels``, overwriting it."""

@@ -114,7 +114,7 @@ class BlockQuantiser(CompressionAlgorithm):
 
     def _kernels(self, *tensors: Tensor) -> BlockKernels | None:
         """Kernels that do the same in fewer passes over memory, where there are some."""
-        return kernels_for(self.name, None, *tensors)
+        return kernels_for(self.name, None, *tensors, block_size=self.block_size)
 
     def _empty_payload(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         scales, codes = self.payload_layout(flat.numel())

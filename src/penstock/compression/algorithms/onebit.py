@@ -58,7 +58,8 @@ class OneBit(BlockQuantiser):
         return (1 - 1e-5) / self._largest_block(shape) if self.scale == "l1" else None
 
     def _kernels(self, *tensors: Tensor) -> BlockKernels | None:
-        return kernels_for("onebit" if self.scale == "l1" else "onebit_rms", None, *tensors)
+        name = "onebit" if self.scale == "l1" else "onebit_rms"
+        return kernels_for(name, None, *tensors, block_size=self.block_size)
 
     def _encode(self, blocks: Tensor, scales: Tensor, codes: Tensor, *, start: int) -> None:
         count = blocks.shape[1]

@@ -6,13 +6,15 @@ is first called and keeps the result in its cache.
 
 import importlib.util
 from functools import cache
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 Choice = Literal["auto", "none"]
 _choice: Choice = "auto"
+_LARGEST_ON_GPU: Final = 1 << 14
+"""Elements of a block that one program of a GPU's kernel holds in its registers."""
 
 
 class BlockKernels(Protocol):
@@ -41,13 +43,14 @@ def use_kernels(choice: Choice) -> None:
     _choice = choice
 
 
-def kernels_for(name: str, key: int | None, *tensors: Tensor) -> BlockKernels | None:
-    """The kernels for tensors of one device; None where there are none for their dtype or device.
+def kernels_for(name: str, key: int | None, *tensors: Tensor, block_size: int) -> BlockKernels | None:
+    """The kernels for tensors of one device; None where there are none for their dtype, device or size of blocks.
 
     Args:
         name: The algorithm's name; ``int8`` and ``int4`` round to the nearest if ``key`` is None.
         key: Of random rounding.
         tensors: All that are to be read or written.
+        block_size: Elements of a block.
     """
     if _choice == "none" or any(tensor.dtype != torch.float32 for tensor in tensors):
         return None
@@ -56,7 +59,7 @@ def kernels_for(name: str, key: int | None, *tensors: Tensor) -> BlockKernels | 
         from penstock.compression.kernels import cpu
 
         return cpu.find(name, key)
-    if device == "cuda" and _has("triton"):
+    if device == "cuda" and block_size <= _LARGEST_ON_GPU and _has("triton"):
         from penstock.compression.kernels import gpu
 
         return gpu.find(name, key)

@@ -13,7 +13,7 @@ from penstock.compression.algorithm import (
     write_wire,
 )
 from penstock.compression.chunks import Part
-from penstock.compression.error_feedback import compress_with_feedback, is_finite
+from penstock.compression.error_feedback import are_finite, compress_with_feedback
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.reductions.base import Launched, StagedReduction, Wires
 from penstock.compression.reductions.linear import take_back
@@ -80,7 +80,7 @@ class GatherReduction(StagedReduction):
     def _settle(self, payloads: list[list[Payload]]) -> None:
         """The sum into the tensor; the memory follows what became of it."""
         memory = self._memory
-        finite = memory is None or all(is_finite(payload) for one in payloads for payload in one)
+        finite = memory is None or are_finite(payload for one in payloads for payload in one)
         if memory is None or (finite and memory.result is None):
             self._sum(payloads, self._tensor)
             return

@@ -24,7 +24,7 @@ from penstock.compression.algorithm import (
     write_wire,
 )
 from penstock.compression.chunks import chunk_bounds
-from penstock.compression.error_feedback import compress_with_feedback, is_finite, memory_dtype
+from penstock.compression.error_feedback import are_finite, compress_with_feedback, memory_dtype
 from penstock.compression.error_memory import ErrorMemory
 from penstock.compression.reductions.base import Launched, StagedReduction, Wires
 from penstock.compression.reductions.linear import take_back
@@ -91,7 +91,7 @@ class TwoPhaseReduction(StagedReduction):
         if memory is None:
             self._decompress(sums, self._tensor)
         elif memory.result is None:
-            if not all(is_finite(part) for part in sums):
+            if not are_finite(sums):
                 self._take_back(memory, payload)
             self._decompress(sums, self._tensor)
         else:
@@ -150,7 +150,7 @@ class TwoPhaseReduction(StagedReduction):
 
     def _accept_estimate(self, memory: ErrorMemory, parts: list[Payload]) -> None:
         """EF21: what was sent becomes part of the estimates, unless the result is not finite."""
-        finite = all(is_finite(part) for part in parts)
+        finite = are_finite(parts)
         sent = torch.empty_like(memory.worker)
         self._decompress(parts, self._tensor)
         self._decompress(self._sent(), sent)
