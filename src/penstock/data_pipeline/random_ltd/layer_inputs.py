@@ -131,7 +131,8 @@ class KeptTokens:
 
     def _check_plain(self, path: str, value: object) -> None:
         """Refuse an array, or an object with tensors of tokens inside: it would pass with all of them."""
-        if self.rule.kind_of(path) != BY_SHAPE or isinstance(value, nn.Module | type):
+        # Numbers and texts hold nothing, and torch.compile does not follow a look inside them.
+        if isinstance(value, nn.Module | type | bool | int | float | str) or self.rule.kind_of(path) != BY_SHAPE:
             return
         for name, shape in _shapes_inside(value):
             if self.length in shape:
