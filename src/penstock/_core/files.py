@@ -1,5 +1,6 @@
 """Files that are either whole or absent: written aside, synced, renamed, and listed in a manifest with checksums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -72,6 +73,31 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def reserve(path: str | os.PathLike[str]) -> None:
+    """Take the disk space of a new file that so far has a length alone, before it is written through a map.
+
+    A map of a file on a full disk cannot raise: the system ends the process with SIGBUS at the first page for which
+    there is no room.
+
+    Raises:
+        OSError: There is not enough room; the message says how much is wanted and how much is there.
+    """
+    with Path(path).open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot say so beforehand
+                return
+            free = os.statvfs(path)
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno or 0)}: it takes {size:,} bytes, and {free.f_bavail * free.f_frsize:,} are "
+                "free; make room, or write elsewhere",
+                os.fspath(path),
+            ) from None
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

@@ -57,6 +57,9 @@ def analyze(
         EngineChoice, typer.Option("--engine", help="This machine's cores, or a Ray cluster (RAY_ADDRESS).")
     ] = EngineChoice.NATIVE,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an analysis that was cut off.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is there, also an analysis that was cut off.")
+    ] = False,
     picture: Annotated[
         Path | None,
         typer.Option("--picture", show_default=False, help="Draw the distributions (.png, .svg or .pdf)."),
@@ -107,7 +110,7 @@ def analyze(
             engine=engine.value,
             progress=show,
         )
-        found = analyzer.run(resume=resume)
+        found = analyzer.run(resume=resume, overwrite=overwrite)
     if picture is not None:
         draw_distributions(found, picture)
     measured = ", ".join((*found.metrics, *found.totals))

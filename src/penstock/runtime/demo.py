@@ -64,7 +64,7 @@ def prepare_corpus(folder: str | os.PathLike[str], say: Callable[[str], None]) -
         say(f"corpus: {name}: {written.documents} documents, {written.tokens:,} tokens")
     say(f"corpus: measuring difficulty ({METRIC})")
     windows = TokenWindows(IndexedDataset(root / "train"), SEQUENCE_LENGTH)
-    DataAnalyzer(windows, metrics=[METRIC], output_dir=root / "difficulty").run()
+    DataAnalyzer(windows, metrics=[METRIC], output_dir=root / "difficulty").run(overwrite=True)
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
     write_manifest(root, (name for name in names if name != "manifest.json"), recipe=recipe, parts=parts)
     return read_manifest(root, verify=False)

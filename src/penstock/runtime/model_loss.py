@@ -1,6 +1,5 @@
 """The difficulty metric "loss under a model": a Penstock checkpoint or a Hugging Face model, over many samples."""
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock._core.files import MANIFEST_NAME
+from penstock._core.files import MANIFEST_NAME, sha256_of
 from penstock.data_pipeline.datasets.tokenize import load_tokenizer
 from penstock.models.gpt import gpt_model
 from penstock.runtime.checkpoint import Checkpoint, copy_into
@@ -33,14 +32,11 @@ class ModelLoss:
     Samples longer than the model's context, or than 8,192 tokens, are read in windows that overlap in one token, so
     that every token but the first is predicted once. The weights have the type that the checkpoint holds: a run of
     bf16 or fp16, which computes in these, is measured in float32. The model is loaded at the first call; a copy for
-    another process carries its path alone. Of a run it is the checkpoint that is the newest when this is made.
+    another process carries its path alone.
 
     Args:
         path: A run's directory, one of its checkpoints, or a directory of a Hugging Face model.
         device: Where the model runs.
-
-    Attributes:
-        path: Of the checkpoint or the model.
 
     Raises:
         ValueError: There is no model at the path.
@@ -52,7 +48,7 @@ class ModelLoss:
         self._lock = threading.Lock()
         self._loaded: tuple[_Logits, int, int] | None = None
         self._is_penstock = (self.path / CHECKPOINTS_NAME).is_dir() or (self.path / MANIFEST_NAME).is_file()
-        if self._is_penstock:
+        if self._is_penstock:  # the newest checkpoint of now, also if the run goes on and writes others
             self.path = find(self.path if (self.path / MANIFEST_NAME).is_file() else self.path / CHECKPOINTS_NAME).path
         elif not (self.path / "config.json").is_file():
             raise ValueError(
@@ -62,12 +58,11 @@ class ModelLoss:
 
     @property
     def identity(self) -> str:
-        """What the numbers depend on: an analysis that was begun with another model is not taken up."""
+        """What tells the model from others: of a checkpoint its checksums, of a directory its files and their times."""
         if self._is_penstock:
-            return f"checkpoint {hashlib.sha256((self.path / MANIFEST_NAME).read_bytes()).hexdigest()}"
-        files = sorted((file.name, file.stat().st_size) for file in self.path.iterdir() if file.is_file())
-        config = hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
-        return f"model {self.path.resolve()} {config} {files}"
+            return sha256_of(self.path / MANIFEST_NAME)
+        files = sorted(file for file in self.path.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+        return repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelLoss, (self.path, str(self.device))
@@ -112,7 +107,7 @@ _IGNORED: Final = -100
 
 
 def _penstock(path: Path, device: torch.device) -> tuple[_Logits, int, int]:
-    checkpoint: Checkpoint = find(path)
+    checkpoint = Checkpoint(path)
     config = load_config(checkpoint.read_state()["config"])
     if config.model is None:
         raise ValueError(

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from penstock.data_pipeline.data_sampling import (
     IndexedDatasetBuilder,
     unfinished,
 )
+from penstock.data_pipeline.data_sampling import analysis as analysis_module
 from penstock.data_pipeline.data_sampling.analysis import store_analysis
 from penstock.data_pipeline.data_sampling.analyzer import KNOWN_METRICS
 from penstock.data_pipeline.data_sampling.engines import map_ranges
@@ -75,8 +75,9 @@ def test_many_shards_and_batches_make_the_same_analysis(corpus: IndexedDataset, 
 class Breaks:
     """A metric that fails after some calls, as a machine may."""
 
-    def __init__(self, calls: int) -> None:
+    def __init__(self, calls: int, identity: str | None = None) -> None:
         self.left = calls
+        self.identity = identity
         self.seen: list[int] = []
 
     def __call__(self, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -110,77 +111,100 @@ def test_an_analysis_is_taken_up_where_it_was_left(corpus: IndexedDataset, tmp_p
     assert not (tmp_path / "a" / "unfinished").exists()
 
 
-class Named(Breaks):
-    """A metric that says what it depends on."""
-
-    def __init__(self, calls: int, identity: str) -> None:
-        super().__init__(calls)
-        self.identity = identity
-
-
-def test_what_another_model_measured_is_not_taken_up(corpus: IndexedDataset, tmp_path: Path) -> None:
-    measured = []
-    for calls, identity in ((12, "a"), (99, "b"), (12, "a"), (99, "a")):
-        metric = Named(calls, identity)
-        analyzer = DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": metric}, shard_tokens=400)
-        with pytest.raises(RuntimeError) if calls == 12 else nullcontext():
-            analyzer.run(resume=True)
-        measured.append(sum(metric.seen[1:]))
-    assert measured[1] == 500
-    assert measured[2] + measured[3] >= 500 > measured[3]
-
-
-def test_two_analyses_of_one_directory_are_kept_apart(corpus: IndexedDataset, tmp_path: Path) -> None:
-    def again(what: str, done: int, samples: int) -> None:
-        with pytest.raises(TimeoutError, match=rf"process {os.getpid()} on .* is writing an analysis to"):
-            DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run()
-        with pytest.raises(TimeoutError, match="is writing an analysis to"):
-            store_analysis(tmp_path / "a", {"m": [1]})
-
-    analysis = DataAnalyzer(corpus, ["seqlen"], tmp_path / "a", progress=again).run()
-    assert analysis.values("seqlen").tolist() == corpus.lengths.tolist()
-    assert not (tmp_path / "a.lock").exists()
-
-
-def test_an_end_while_checksums_are_made_loses_nothing(
-    corpus: IndexedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*arguments: Any, **facts: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run()
-    with monkeypatch.context() as patch:
-        patch.setattr("penstock.data_pipeline.data_sampling.analysis.write_manifest", die)
-        with pytest.raises(KeyboardInterrupt):
-            DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": Breaks(99)}).run()
-    assert DataAnalyzer.load(tmp_path / "a").metrics == before.metrics
-    last = Breaks(99)
-    analysis = DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": last}).run(resume=True)
-    assert len(last.seen) == 1  # the probe
-    assert analysis.values("m").tolist() == (corpus.lengths * 2.5).tolist()
-
-
-def test_a_full_disk_is_told_and_not_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, start: int, size: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left on device: 928 bytes are needed: .*m.values.npy"):
-        store_analysis(tmp_path / "a", {"m": range(100)})
-
-
 def test_what_was_left_of_something_else_is_not_taken_up(corpus: IndexedDataset, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": Breaks(5)}, shard_tokens=400).run()
-    other = DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run(resume=True)
+    with pytest.raises(ValueError, match=r"measured shards that do not fit: of other samples, metrics or models"):
+        DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run(resume=True)
+    with pytest.raises(ValueError, match=r"cut off; say resume .* to go on with it; say overwrite"):
+        DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run()
+    other = DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run(overwrite=True)
     assert other.values("seqlen").tolist() == corpus.lengths.tolist()
     for damage in (b"", b"{", b'{"key": 3}'):
         with pytest.raises(RuntimeError):
-            DataAnalyzer(corpus, [], tmp_path / "b", metric_functions={"m": Breaks(5)}, shard_tokens=400).run()
+            DataAnalyzer(corpus, [], tmp_path / "b", metric_functions={"m": Breaks(5)}, shard_tokens=400).run(
+                overwrite=True
+            )
         (tmp_path / "b" / "unfinished" / "state.json").write_bytes(damage)
         last = Breaks(99)
         DataAnalyzer(corpus, [], tmp_path / "b", metric_functions={"m": last}, shard_tokens=400).run(resume=True)
         assert sum(last.seen[1:]) == 500
+
+
+def test_values_of_two_functions_of_one_name_are_not_mixed(corpus: IndexedDataset, tmp_path: Path) -> None:
+    """As the losses of two models, or of two checkpoints of one run."""
+    options: dict[str, Any] = {"shard_tokens": 400}
+    first, second = Breaks(5, "model 1"), Breaks(99, "model 2")
+    with pytest.raises(RuntimeError):
+        DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"loss": first}, **options).run()
+    for other in (second, lambda tokens, offsets: np.diff(offsets) * 2.5):
+        with pytest.raises(ValueError, match="shards that do not fit"):
+            DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"loss": other}, **options).run(resume=True)
+    again = Breaks(99, "model 1")
+    DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"loss": again}, **options).run(resume=True)
+    assert sum(first.seen[1:]) + sum(again.seen[1:]) == 500
+
+
+def test_one_process_at_a_time_writes_an_analysis(corpus: IndexedDataset, tmp_path: Path) -> None:
+    def measures(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        with pytest.raises(TimeoutError, match=rf"process {os.getpid()} on .* is writing the analysis .*a; wait"):
+            DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run(resume=True)
+        with pytest.raises(TimeoutError, match="is writing the analysis"):
+            store_analysis(tmp_path / "a", {"m": [1]})
+        return np.diff(offsets)
+
+    whole = DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": measures}).run()
+    assert whole.values("m").tolist() == corpus.lengths.tolist()
+    with pytest.raises(ValueError, match="there is a finished analysis already; say overwrite"):
+        DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run()
+
+
+@pytest.mark.parametrize("moved", [None, 0, 2, 3])
+def test_a_process_that_ends_while_it_seals_has_nothing_to_measure_again(
+    corpus: IndexedDataset, tmp_path: Path, moved: int | None
+) -> None:
+    """Killed while the files are hashed (None), or after some of the three were moved, all but the manifest."""
+    store_analysis(tmp_path / "a", {"before": [1, 2]})
+    first, again = Breaks(99), Breaks(99)
+    left = [moved or 0]
+    replace = Path.replace
+
+    def ends(self: Path, target: Path) -> Path:
+        if self.parent.name == "unfinished" and Path(target).parent.name == "a":
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        return replace(self, target)
+
+    def hashes(*arguments: Any, **facts: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", ends)
+        if moved is None:
+            patch.setattr(analysis_module, "write_manifest", hashes)
+        with pytest.raises(KeyboardInterrupt):
+            DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": first}).run(overwrite=True)
+    found = DataAnalyzer(corpus, [], tmp_path / "a", metric_functions={"m": again}).run(resume=True)
+    assert len(again.seen) == 1  # the probe
+    assert Analysis.load(tmp_path / "a").values("m").tolist() == (corpus.lengths * 2.5).tolist()
+    assert found.order("m").tolist() == np.argsort(corpus.lengths, kind="stable").tolist()
+    assert not (tmp_path / "a" / "unfinished").exists()
+
+
+def test_a_full_disk_is_told_before_it_is_written_to(
+    corpus: IndexedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a map it would be SIGBUS."""
+
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"No space left on device: it takes 4,128 bytes, and [\d,]+ are free") as raised:
+        DataAnalyzer(corpus, ["seqlen"], tmp_path / "a").run()
+    assert raised.value.errno == errno.ENOSPC
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_process_that_ends_while_it_saves_leaves_what_it_saved_before(tmp_path: Path) -> None:

@@ -99,6 +99,22 @@ def test_curriculum_starts_easy_and_ends_with_everything() -> None:
     assert set(sampler.sample_at(np.arange(32, 32 + 24)).tolist()) == set(range(12))
 
 
+def test_no_epoch_is_sorted_before_it_is_asked_for() -> None:
+    """The races of weighted draws are sorted whole, so the last chunk of a run must not begin the next one's."""
+    config = {"strategy": "weighted", "weights": np.ones(2000), "batch_size": 500, "skip_ranges": [(100, 140)]}
+    sampler = DataSampler(range(2000), config)
+    asked: list[int] = []
+    order = sampler._order
+    with pytest.MonkeyPatch.context() as patch:
+        arrivals = order._arrivals
+        patch.setattr(order, "_arrivals", lambda epoch: (asked.append(epoch), arrivals(epoch))[1])
+        near = [sampler.sample_at(np.arange(k, min(k + 500, 1960))) for k in range(0, 1960, 500)]
+        assert set(asked) == {0}
+        assert sampler.sample_at([1959, 1960]).tolist() == order(np.array([1999, 2000])).tolist()
+    places = np.concatenate([np.arange(100), np.arange(140, 2000)])
+    assert np.concatenate(near).tolist() == order(places).tolist()
+
+
 def test_sample_at_is_the_same_near_and_far_and_in_any_shape() -> None:
     sampler = DataSampler(range(10_007), {"strategy": "random"})
     far = sampler.sample_at(np.arange(30_000))  # over several chunks: worked out at once

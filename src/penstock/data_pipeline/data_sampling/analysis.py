@@ -1,9 +1,10 @@
 """What an analyzer leaves on disk: for each metric its values, and the samples sorted by them."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -23,7 +24,7 @@ from penstock._core.suggest import unknown_name
 from penstock.data_pipeline.data_sampling.external_sort import sort_order
 from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
 from penstock.data_pipeline.data_sampling.measurement import Form, check_whole
-from penstock.data_pipeline.data_sampling.unfinished import Unfinished, new_array, sync_array
+from penstock.data_pipeline.data_sampling.unfinished import DIRECTORY, STATE, Unfinished, new_array, sync_array
 
 TABLE: Final = "samples.parquet"
 COUNTS: Final = "token_counts.npy"
@@ -169,7 +170,8 @@ def seal_analysis(
 ) -> Analysis:
     """Sort the samples by each metric, write the table, and put all files in place under a manifest.
 
-    A manifest from before is removed first: the directory is either sealed and whole, or has no manifest.
+    Everything, the manifest too, is written beside the values before the first file is moved, so that whenever the
+    process ends, either the values are still together or :func:`put_in_place` can end what was begun.
 
     Args:
         directory: Where the analysis goes.
@@ -181,7 +183,6 @@ def seal_analysis(
         counts: How often each token number occurs, where it was counted.
     """
     target = Path(directory)
-    store.save()
     with ThreadPoolExecutor(1) as aside:  # which writes and waits for the disk while the samples are sorted
         columns = {name: store.values(name) for name in metrics}
         written = [aside.submit(_write_table, store.directory / TABLE, columns, num_samples)]
@@ -197,15 +198,55 @@ def seal_analysis(
         task.result()
     files = sorted({*_files(metrics), TABLE, *arrays})
     names = {"metrics": list(metrics), "totals": list(store.totals)}
-    facts = {"kind": _KIND, **names, "num_samples": num_samples, "num_tokens": store.tokens}
-    # Checksums take a while: until they are there, all lies where a run that is cut off would look for it.
+    facts = {"kind": _KIND, "key": store.key, **names, "num_samples": num_samples, "num_tokens": store.tokens}
     write_manifest(store.directory, files, fingerprint=fingerprint, own_tokens=own_tokens, **facts)
+    return put_in_place(target)
+
+
+def sealed_key(directory: str | os.PathLike[str]) -> str | None:
+    """The key of an analysis that was sealed but not, or not yet fully, put in place; None if there is none."""
+    try:
+        key = read_manifest(Path(directory) / DIRECTORY, verify=False).get("key")
+    except CorruptFileError:
+        return None
+    return key if isinstance(key, str) else None
+
+
+def put_in_place(directory: str | os.PathLike[str]) -> Analysis:
+    """Move a sealed analysis from its unfinished directory to where it belongs, or go on with that.
+
+    A manifest from before is removed first and the new one comes last: the directory is either sealed and whole, or has
+    no manifest.
+    """
+    target = Path(directory)
+    staged = target / DIRECTORY
+    files = read_manifest(staged, verify=False)["files"]
     (target / MANIFEST_NAME).unlink(missing_ok=True)
-    for file in (*files, MANIFEST_NAME):
-        (store.directory / file).replace(target / file)
+    for file in files:
+        if (staged / file).exists():  # not moved already, by a process that ended here
+            (staged / file).replace(target / file)
     sync_directory(target)
-    store.remove()
-    return Analysis(target, tuple(metrics), num_samples, store.tokens, fingerprint, own_tokens, store.totals)
+    (staged / STATE).unlink(missing_ok=True)  # from here on there is nothing to go on with
+    (staged / MANIFEST_NAME).replace(target / MANIFEST_NAME)
+    sync_directory(target)
+    shutil.rmtree(staged)
+    return Analysis.load(target, verify=False)
+
+
+@contextmanager
+def analyzing(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of the process that writes an analysis; a directory that stays empty is removed.
+
+    Raises:
+        TimeoutError: Another process holds it.
+    """
+    target = Path(directory)
+    try:
+        with locked(target / "unfinished.lock", f"is writing the analysis {target}"):
+            yield
+    finally:
+        with suppress(OSError):  # it is not empty
+            target.rmdir()
 
 
 def store_analysis(
@@ -224,8 +265,9 @@ def store_analysis(
         num_tokens: Tokens of all samples, if known.
 
     Raises:
-        ValueError: There is no metric, or they are not all of one length, finite, and of one dimension, or a number is
-            beyond int64.
+        TimeoutError: Another process is writing an analysis there.
+        ValueError: There is no metric, or they are not all of one length, finite, of one dimension, and within int64;
+            or what an analyzer that was cut off has measured is there.
     """
     columns = {name: np.asarray(found) for name, found in values.items()}
     shapes = {found.shape for found in columns.values()}
@@ -239,21 +281,11 @@ def store_analysis(
     count = len(next(iter(columns.values())))
     dtypes = {name: found.dtype for name, found in columns.items()}
     forms = {name: Form(found.dtype, found.shape) for name, found in (totals or {}).items()}
-    with writing_alone(directory):
+    with analyzing(directory):
         store = Unfinished(Path(directory), "", [0, count], dtypes, 1, totals=forms, resume=False)
         store.store(0, 0, {**columns, **(totals or {})})
         store.tokens = num_tokens
         return seal_analysis(directory, store, tuple(columns), count, fingerprint=None)
-
-
-def writing_alone(directory: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """Keep other processes from writing an analysis to the same directory.
-
-    Raises:
-        TimeoutError: One does; the message names it.
-    """
-    path = Path(directory)
-    return locked(path.with_name(f"{path.name}.lock"), f"is writing an analysis to {path}")
 
 
 def _write_table(path: Path, values: dict[str, npt.NDArray[Any]], num_samples: int) -> None:

@@ -10,15 +10,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from penstock._core.files import MANIFEST_NAME
 from penstock._core.suggest import unknown_name
-from penstock.data_pipeline.data_sampling.analysis import Analysis, seal_analysis, writing_alone
+from penstock.data_pipeline.data_sampling.analysis import Analysis, analyzing, put_in_place, seal_analysis, sealed_key
 from penstock.data_pipeline.data_sampling.engines import Engine, check_engine, map_ranges
 from penstock.data_pipeline.data_sampling.fingerprint import fingerprint
 from penstock.data_pipeline.data_sampling.measurement import Form, Measurement
 from penstock.data_pipeline.data_sampling.metrics import MetricFunction, sequence_length, vocabulary_rarity
 from penstock.data_pipeline.data_sampling.ragged import shard_bounds
 from penstock.data_pipeline.data_sampling.repetition import compression_ratio, repeated_ngrams, unique_ratio
-from penstock.data_pipeline.data_sampling.unfinished import Unfinished
+from penstock.data_pipeline.data_sampling.unfinished import DIRECTORY, STATE, Unfinished
 
 VOCABULARY_RARITY: Final = "vocabularyrarity"
 _FUNCTIONS: Final[dict[str, MetricFunction]] = {
@@ -120,22 +121,34 @@ class DataAnalyzer:
         self._engine: Engine = engine
         self._progress = progress
 
-    def run(self, *, resume: bool = False) -> Analysis:
+    def run(self, *, resume: bool = False, overwrite: bool = False) -> Analysis:
         """Read the dataset, compute the metrics and store them in ``output_dir``.
 
         Args:
-            resume: Go on from what an earlier run of the same dataset and metrics left there. A function is known by
-                its module and name, or by an attribute ``identity`` of its own; where the code behind the name has
-                changed, begin anew.
+            resume: Go on from what an earlier run of the same dataset and metrics left there. Functions of yours are
+                told by where they are defined, or by an attribute ``identity`` if they have one, which should change
+                when their results do.
+            overwrite: Replace an analysis that is there, and what one that was cut off has measured.
 
         Returns:
             The stored analysis; :meth:`load` opens it again.
 
         Raises:
-            ValueError: A sample's tokens are not integers or beyond the vocabulary, or a metric function returns
+            TimeoutError: Another process is writing an analysis there.
+            ValueError: An analysis, or what was measured for another one, is there and is not to be overwritten; a
+                sample's tokens are not integers or beyond the vocabulary, or a metric function returns
                 something other than one finite number per sample, or a total something other than finite numbers.
-            TimeoutError: Another process is writing to ``output_dir``.
         """
+        with analyzing(self.output_dir):
+            return self._run(resume, overwrite)
+
+    def _run(self, resume: bool, overwrite: bool) -> Analysis:
+        begun = any((self.output_dir / DIRECTORY / name).is_file() for name in (STATE, MANIFEST_NAME))
+        if (self.output_dir / MANIFEST_NAME).is_file() and not overwrite and not (resume and begun):
+            raise ValueError(
+                f"{self.output_dir}: there is a finished analysis already; say overwrite (--overwrite) to replace "
+                "it, or write elsewhere"
+            )
         mark = fingerprint(self.dataset, self._tokens_of)
         rare = VOCABULARY_RARITY in self.metrics
         functions = {
@@ -158,34 +171,42 @@ class DataAnalyzer:
         dtypes = {name: forms[name].dtype for name in self.metrics}
         totals = {name: forms[name] for name in self._totals}
         bounds = shard_bounds(self.dataset, self._shard_tokens)
-        shapes = [(name, form.dtype.str, form.shape) for name, form in forms.items()]
-        given = [_identity(function) for function in (*self._user_metrics.values(), *self._totals.values())]
-        key = _digest(mark, self.metrics, shapes, bounds, given)
-        with writing_alone(self.output_dir):
-            store = Unfinished(self.output_dir, key, bounds, dtypes, 1 + rare, totals=totals, resume=resume)
-            try:
-                self._pass(0, "reading" if functions or totals else "counting tokens", first, store)
-                if rare:
-                    second = Measurement(
-                        self.dataset,
-                        {VOCABULARY_RARITY: vocabulary_rarity(store.counts)},
-                        self._tokens_of,
-                        self._batch_tokens,
-                        forms=rarity,
-                    )
-                    self._pass(1, VOCABULARY_RARITY, second, store)
-            except BaseException:  # Ctrl-C too: what was measured is kept, and the error goes on
-                store.leave()
-                raise
-            return seal_analysis(
-                self.output_dir,
-                store,
-                self.metrics,
-                len(self.dataset),
-                fingerprint=mark,
-                own_tokens=self._tokens_of is not None,
-                counts=store.counts if rare else None,
-            )
+        key = _digest(
+            mark,
+            self.metrics,
+            [_identity(function) for function in (*self._user_metrics.values(), *self._totals.values())],
+            [(name, form.dtype.str, form.shape) for name, form in forms.items()],
+            bounds,
+        )
+        if resume and sealed_key(self.output_dir) == key:
+            return put_in_place(self.output_dir)
+        store = Unfinished(
+            self.output_dir, key, bounds, dtypes, 1 + rare, totals=totals, resume=resume, overwrite=overwrite
+        )
+        try:
+            self._pass(0, "reading" if functions or totals else "counting tokens", first, store)
+            if rare:
+                second = Measurement(
+                    self.dataset,
+                    {VOCABULARY_RARITY: vocabulary_rarity(store.counts)},
+                    self._tokens_of,
+                    self._batch_tokens,
+                    forms=rarity,
+                )
+                self._pass(1, VOCABULARY_RARITY, second, store)
+            store.save()  # the sorting, which comes now, may take long
+        except BaseException:  # Ctrl-C too: what was measured is kept, and the error goes on
+            store.leave()
+            raise
+        return seal_analysis(
+            self.output_dir,
+            store,
+            self.metrics,
+            len(self.dataset),
+            fingerprint=mark,
+            own_tokens=self._tokens_of is not None,
+            counts=store.counts if rare else None,
+        )
 
     def count_tokens(self) -> npt.NDArray[np.int64]:
         """How often each token number occurs in the dataset: int64, one pass."""
@@ -224,12 +245,14 @@ def _sum(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.i
     return long
 
 
+def _identity(function: Any) -> str:
+    """What tells a function from another one of the same name."""
+    own = getattr(function, "identity", None)
+    if own is not None:
+        return str(own)
+    place = function if hasattr(function, "__qualname__") else type(function)
+    return f"{getattr(place, '__module__', '')}:{place.__qualname__}"
+
+
 def _digest(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def _identity(function: MetricFunction) -> str:
-    """What a user's function is known by from run to run."""
-    kind = type(function)
-    named = f"{getattr(function, '__module__', kind.__module__)}:{getattr(function, '__qualname__', kind.__qualname__)}"
-    return str(getattr(function, "identity", named))

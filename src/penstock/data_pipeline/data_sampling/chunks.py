@@ -15,18 +15,19 @@ class ChunkedOrder:
     """The samples at any positions of a run.
 
     Batches are asked for one after another: whole chunks are worked out at once and the last one is kept, since a small
-    call costs hardly less than one of a few thousand positions.
+    call costs hardly less than one of a few thousand positions. A chunk ends where its epoch ends: the next one, for
+    which an order may have to sort all samples, is worked out if it is asked for.
 
     Args:
         order: The order.
         skips: Which places of it the run leaves out.
-        batch_size: Positions that are asked for at once, usually.
     """
 
-    def __init__(self, order: Order, skips: SkipRanges, batch_size: int) -> None:
+    def __init__(self, order: Order, skips: SkipRanges) -> None:
         self._order, self._skips = order, skips
-        # In a small pool a chunk would run through many epochs that nobody asked for.
-        self._size = min(_CHUNK, max(batch_size, order.epoch_size))
+        self._epoch_size = order.epoch_size
+        self._size = max(1, min(_CHUNK, order.epoch_size))
+        self._per_epoch = -(-self._epoch_size // self._size)
         self.forget()
 
     def forget(self) -> None:
@@ -48,22 +49,33 @@ class ChunkedOrder:
         low, high = int(flat.min()), int(flat.max())
         if low < 0:
             raise ValueError(f"positions count from 0, got {low}")
-        size = self._size
-        first, last = low // size, high // size
+        places = self._skips.places(flat)
+        first, last = (self._number_at(int(place)) for place in self._skips.places(np.array([low, high])))
         if last - first > 1:
-            return self._order(self._skips.places(flat)).reshape(positions.shape)
+            return self._order(places).reshape(positions.shape)
         if first == last:
-            return self._chunk_at(first)[flat - first * size].reshape(positions.shape)
-        beyond = flat >= last * size
+            return self._in_chunk(first, places).reshape(positions.shape)
+        beyond = places >= self._start(last)
         result = np.empty(len(flat), dtype=np.int64)
-        result[~beyond] = self._chunk_at(first)[flat[~beyond] - first * size]
-        result[beyond] = self._chunk_at(last)[flat[beyond] - last * size]
+        result[~beyond] = self._in_chunk(first, places[~beyond])
+        result[beyond] = self._in_chunk(last, places[beyond])
         return result.reshape(positions.shape)
 
-    def _chunk_at(self, number: int) -> IntArray:
+    def _number_at(self, place: int) -> int:
+        """The chunk that a place of the order lies in."""
+        epoch, rest = divmod(place, self._epoch_size)
+        return epoch * self._per_epoch + rest // self._size
+
+    def _start(self, number: int) -> int:
+        """The first place of a chunk."""
+        epoch, part = divmod(number, self._per_epoch)
+        return epoch * self._epoch_size + part * self._size
+
+    def _in_chunk(self, number: int, places: IntArray) -> IntArray:
+        """The samples at places of one chunk."""
         known, samples = self._chunk  # read once: another thread may put another chunk in its place
+        start = self._start(number)
         if known != number:
-            start = number * self._size
-            samples = self._order(self._skips.places(np.arange(start, start + self._size, dtype=np.int64)))
+            samples = self._order(np.arange(start, self._start(number + 1), dtype=np.int64))
             self._chunk = (number, samples)
-        return samples
+        return np.asarray(samples[places - start], dtype=np.int64)

@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from penstock._core.files import CorruptFileError, read_manifest, sync_directory, write_manifest
+from penstock._core.files import CorruptFileError, read_manifest, reserve, sync_directory, write_manifest
 from penstock._core.lock import locked
 from penstock.data_pipeline.data_sampling.births import DifficultyMetric, birth_steps, schedule_identity
 from penstock.data_pipeline.data_sampling.order import digest_of
@@ -148,6 +148,8 @@ def _sorted(metrics: Sequence[DifficultyMetric], folder: Path | None, progress: 
         if folder is None
         else np.memmap(folder / _FILE, dtype=dtype, mode="w+", shape=(count - never,))
     )
+    if folder is not None:
+        reserve(folder / _FILE)
     place = np.cumsum(sizes) - sizes
     for part in chunks(count):
         blocks = _blocks(thresholds, part)

@@ -81,7 +81,7 @@ class DataSampler(Sampler[list[int]]):
         self._batches = 0
         self._handed_out = 0
         self._fingerprint: str | None = None
-        self._samples = ChunkedOrder(self._order, self._skips, self.config.batch_size)
+        self._samples = ChunkedOrder(self._order, self._skips)
 
     # The three steps of the pipeline
 

@@ -1,6 +1,5 @@
 """The results of an analysis while it runs, on disk, so that it can be taken up again."""
 
-import contextlib
 import os
 import shutil
 import time
@@ -11,11 +10,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from penstock._core.files import CorruptFileError, atomic_file, read_json, write_json
+from penstock._core.files import CorruptFileError, atomic_file, read_json, reserve, write_json
 from penstock.data_pipeline.data_sampling.measurement import Form
 
 DIRECTORY: Final = "unfinished"
-_STATE: Final = "state.json"
+STATE: Final = "state.json"
 _COUNTS: Final = ("counts.0.npy", "counts.1.npy")
 _SAVE_EVERY_S: Final = 5.0
 
@@ -35,13 +34,19 @@ class Unfinished:
         passes: How often the shards are gone through.
         totals: What is added up over all samples, by name.
         resume: Take up what is there; else begin anew.
+        overwrite: Begin anew also where shards are there that are not taken up.
 
     Attributes:
         directory: Where the files lie.
+        key: What the results depend on.
         bounds: Where the shards begin, and the end of the last.
         totals: Names of what is added up.
         tokens: How many tokens the stored shards of the first pass have; None where that is not known.
         counts: How often each token number occurs in them, int64; empty where nothing is counted.
+
+    Raises:
+        ValueError: There are shards which are not taken up, and ``overwrite`` is not set.
+        OSError: The disk has no room for the values.
     """
 
     def __init__(
@@ -54,11 +59,12 @@ class Unfinished:
         *,
         totals: Mapping[str, Form] | None = None,
         resume: bool,
+        overwrite: bool = False,
     ) -> None:
         self.directory = output / DIRECTORY
         self.bounds = bounds
         self.totals = tuple(totals or ())
-        self._key = key
+        self.key = key
         self._forms = {name: Form(dtype, (bounds[-1],)) for name, dtype in dtypes.items()}
         for name, form in (totals or {}).items():
             self._forms[name] = Form(form.dtype, (len(bounds) - 1, *form.shape))
@@ -68,6 +74,8 @@ class Unfinished:
         self._counts_file = _COUNTS[0]
         self._values: dict[str, npt.NDArray[Any]] = {}
         if not (resume and self._take_up()):
+            if not overwrite:
+                self._refuse_loss(resume)
             self._begin()
         self._saved_at = time.monotonic()
 
@@ -98,8 +106,8 @@ class Unfinished:
         with atomic_file(self.directory / self._counts_file) as file:
             np.lib.format.write_array(file, self.counts, allow_pickle=False)
         done = [_intervals(row) for row in self._done]
-        facts = {"key": self._key, "done": done, "tokens": self.tokens, "counts": self._counts_file}
-        write_json(self.directory / _STATE, facts)
+        facts = {"key": self.key, "done": done, "tokens": self.tokens, "counts": self._counts_file}
+        write_json(self.directory / STATE, facts)
         self._saved_at = time.monotonic()
 
     def values(self, metric: str) -> npt.NDArray[Any]:
@@ -123,27 +131,42 @@ class Unfinished:
         if self._done.any():
             self.save()
             return
-        self.remove()
-        with contextlib.suppress(OSError):  # the directory was there before and is not empty
-            self.directory.parent.rmdir()
-
-    def remove(self) -> None:
-        """Remove the directory with all that is left in it."""
         self._values.clear()
         shutil.rmtree(self.directory)
+
+    def _refuse_loss(self, resume: bool) -> None:
+        """Raise if beginning anew would remove what was measured."""
+        try:
+            shards = sum(stop - start for start, stop in read_json(self.directory / STATE)["done"][0])
+        except (CorruptFileError, KeyError, IndexError, TypeError, ValueError):
+            return  # nothing that could be taken up
+        if shards:
+            what = (
+                "that do not fit: of other samples, metrics or models, or damaged"
+                if resume
+                else "of an analysis that was cut off; say resume (--resume) to go on with it"
+            )
+            raise ValueError(
+                f"{self.directory}: there are {shards} measured shards {what}; say overwrite (--overwrite) to "
+                "begin anew"
+            )
 
     def _begin(self) -> None:
         if self.directory.exists():
             shutil.rmtree(self.directory)
         self.directory.mkdir(parents=True)
-        for name, form in self._forms.items():
-            self._values[name] = new_array(self.file(name), form)
+        try:
+            for name, form in self._forms.items():
+                self._values[name] = new_array(self.file(name), form)
+        except OSError:
+            self.leave()
+            raise
 
     def _take_up(self) -> bool:
         """Open what an earlier run left; False if it left nothing that fits."""
         try:
-            state = read_json(self.directory / _STATE)
-            if not isinstance(state, dict) or state.get("key") != self._key:
+            state = read_json(self.directory / STATE)
+            if not isinstance(state, dict) or state.get("key") != self.key:
                 return False
             for row, intervals in zip(self._done, state["done"], strict=True):
                 for start, stop in intervals:
@@ -165,7 +188,11 @@ class Unfinished:
 
 
 def new_array(path: Path, form: Form) -> npt.NDArray[Any]:
-    """A new ``.npy`` file of zeros, mapped for writing; in memory alone where there is nothing to map."""
+    """A new ``.npy`` file of zeros, mapped for writing; in memory alone where there is nothing to map.
+
+    Raises:
+        OSError: The disk has no room for it.
+    """
     if 0 not in form.shape:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=form.dtype, shape=form.shape)
         reserve(path)
@@ -173,20 +200,6 @@ def new_array(path: Path, form: Form) -> npt.NDArray[Any]:
     empty = np.zeros(form.shape, dtype=form.dtype)
     np.save(path, empty, allow_pickle=False)
     return empty
-
-
-def reserve(path: Path) -> None:
-    """Have the disk set aside a file's bytes: through a map a full disk would end the process by a signal.
-
-    Raises:
-        OSError: There is no room.
-    """
-    with path.open("r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}: {size:,} bytes are needed", str(path)) from None
 
 
 def sync_array(path: Path, array: npt.NDArray[Any]) -> None:
