@@ -1,8 +1,9 @@
 """Every schedule against one process: the same GPT in float64, with each feature that could make a difference.
 
-Weights are tied between the first and the last stage and dropout is on in all of them. What is compared after three
-optimizer steps of eight micro-batches, with clipping: losses, weights and both moments. A cell is the worst difference
-of a tensor, over its largest element::
+Weights are tied between the first and the last stage and dropout is on in all of them, but under the sliced schedule,
+whose slices draw other random numbers than whole sequences. What is compared after three optimizer steps of eight
+micro-batches, with clipping: losses, weights and both moments. A cell is the worst difference of a tensor, over its
+largest element::
 
     python -m benchmarks.pipe.exactness
 """
@@ -14,11 +15,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.pipe.processes import run_ranks
 
-STEPS, MICRO_BATCHES, VOCAB, LENGTH = 3, 8, 61, 24
+STEPS, MICRO_BATCHES, VOCAB, LENGTH, DROPOUT = 3, 8, 61, 24, 0.1
 RESULTS = Path(__file__).parents[1] / "results" / "pipe"
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2 replicas": {"data_parallel": {"replicas": 2}},
     "FSDP2, 2 replicas": {"data_parallel": {"replicas": 2, "sharding": "fsdp2"}},
     "steps on trust": {"optimizer": {"post_validation": True}},
+    "vocabulary in 3 parts": {"vocabulary_parts": 3},
+    "tensor parallel": {"tensor_parallel": {"size": 2}},
+    "FSDP2, tensor parallel": {
+        "data_parallel": {"replicas": 2, "sharding": "fsdp2"},
+        "tensor_parallel": {"size": 2},
+    },
 }
+_NOT_SLICED: Final = ("dropping", "checkpointing", "FSDP2, 2 replicas", "FSDP2, tensor parallel")
+"""What a run refuses together with slices."""
+_NO_SECTIONS: Final = ("batches", "vocabulary_parts")
+
+
+def _layout(variant: dict[str, Any], ranks: int) -> tuple[int, int] | None:
+    """Stages of a variant on so many processes, and how many have the same stage; None where it is not run there."""
+    each = variant.get("data_parallel", {}).get("replicas", 1) * variant.get("tensor_parallel", {}).get("size", 1)
+    stages = 2 if each > 1 else min(ranks, 4)
+    return (stages, each) if stages * each == ranks else None
 
 
 def _settings(schedule: str, stages: int, variant: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +62,7 @@ def _settings(schedule: str, stages: int, variant: dict[str, Any]) -> dict[str, 
         "schedule": {"decay": "constant"},
     }
     for section, values in variant.items():
-        if section != "batches":
+        if section not in _NO_SECTIONS:
             made[section] = {**made.get(section, {}), **values}
     return made
 
@@ -65,7 +82,7 @@ def _batches(step: int, kind: str | None) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def _train(settings: dict[str, Any], kind: str | None) -> dict[str, Any]:
+def _train(settings: dict[str, Any], variant: dict[str, Any], *, dropout: float) -> dict[str, Any]:
     """Losses, and this rank's weights and moments by name."""
     import torch
 
@@ -77,8 +94,16 @@ def _train(settings: dict[str, Any], kind: str | None) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     shape = GPTConfig(
-        vocab_size=VOCAB, num_layers=6, hidden_size=16, num_heads=2, context_length=LENGTH, dropout=0.1, init_std=0.2
+        vocab_size=VOCAB,
+        num_layers=6,
+        hidden_size=16,
+        num_heads=2,
+        context_length=LENGTH,
+        dropout=dropout,
+        init_std=0.2,
+        vocabulary_parts=variant.get("vocabulary_parts", 1),
     )
+    kind = variant.get("batches")
     with penstock.initialize(PipelineModule(gpt_layers(shape), loss_fn=gpt_loss), settings) as engine:
         cut, parts = engine.parts.cut, engine.parts
 
@@ -100,17 +125,22 @@ def _worker(ranks: int, schedules: str, folder: str) -> None:
     import torch.distributed as dist
     from safetensors.torch import load_file
 
+    from penstock.pipe.schedule import SCHEDULES
+
     dist.init_process_group("gloo")
     answers: dict[str, dict[str, float]] = {}
     for name, variant in VARIANTS.items():
-        replicas = variant.get("data_parallel", {}).get("replicas", 1)
-        stages = 2 if replicas == 2 or ranks == 2 else ranks
-        if ranks != stages * replicas:
+        layout = _layout(variant, ranks)
+        if layout is None:
             continue
-        wanted = load_file(Path(folder) / f"{name}.safetensors")
         answers[name] = {}
         for schedule in schedules.split(","):
-            found = _train(_settings(schedule, stages, variant), variant.get("batches"))
+            sliced = SCHEDULES[schedule].sliced
+            if sliced and name in _NOT_SLICED:
+                continue
+            dropout = 0.0 if sliced else DROPOUT
+            wanted = load_file(Path(folder) / f"{name} {dropout}.safetensors")
+            found = _train(_settings(schedule, layout[0], variant), variant, dropout=dropout)
             answers[name][schedule] = max(
                 float((tensor - wanted[key]).abs().max() / wanted[key].abs().max()) for key, tensor in found.items()
             )
@@ -126,20 +156,23 @@ def main() -> None:
     from penstock.pipe.schedule import SCHEDULES
 
     started = time.perf_counter()
-    schedules = [name for name, known in SCHEDULES.items() if known.trains and not known.sliced]
+    schedules = [name for name, known in SCHEDULES.items() if known.trains]
     worst: dict[str, dict[str, float]] = {name: {} for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         for name, variant in VARIANTS.items():
-            plain = {k: v for k, v in variant.items() if k != "data_parallel"}
+            plain = {k: v for k, v in variant.items() if k not in ("data_parallel", "tensor_parallel")}
             plain["optimizer"] = {}  # the single process waits for the norm
-            found = _train(_settings("1f1b", 1, plain), variant.get("batches"))
-            save_file(found, Path(folder) / f"{name}.safetensors")
-        for ranks in (2, 4):
-            answers = run_ranks("benchmarks.pipe.exactness", ranks, ",".join(schedules), folder)
+            for dropout in (DROPOUT, 0.0):
+                found = _train(_settings("1f1b", 1, plain), plain, dropout=dropout)
+                save_file(found, Path(folder) / f"{name} {dropout}.safetensors")
+        for ranks in (2, 4, 8):
+            answers = run_ranks("benchmarks.pipe.exactness", ranks, ",".join(schedules), folder, timeout_s=600.0)
             for answer in answers:
                 for name, cells in answer.items():
+                    layout = _layout(VARIANTS[name], ranks)
+                    assert layout is not None  # it was run
                     for schedule, value in cells.items():
-                        label = f"{schedule}, {2 if 'data_parallel' in VARIANTS[name] else ranks} stages"
+                        label = f"{schedule}, {layout[0]} stages"
                         worst[name][label] = max(value, worst[name].get(label, 0.0))
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "exactness.json").write_text(json.dumps(worst, indent=1) + "\n")
@@ -156,17 +189,26 @@ def _table(worst: dict[str, dict[str, float]]) -> str:
         "# Every schedule against one process, float64",
         "",
         f"Worst relative difference of losses, weights and moments after {STEPS} steps of {MICRO_BATCHES} "
-        f"micro-batches of a GPT with tied weights and dropout, gradients clipped. The largest is {largest:.1e}. "
-        "Empty: not run on that number of stages.",
+        f"micro-batches of a GPT with tied weights and dropout ({DROPOUT}; none in slices), gradients clipped. The "
+        f"largest is {largest:.1e}. Schedules marked * split backward passes. Empty: not run on that number of stages, "
+        "or refused (slices with dropping, checkpointing or sharding).",
         "",
         "| | " + " | ".join(worst) + " |",
         "|---" * (len(worst) + 1) + "|",
     ]
     lines += [
-        f"| {row} | " + " | ".join(f"{cells[row]:.0e}" if row in cells else "" for cells in worst.values()) + " |"
+        f"| {row}{_mark(row)} | "
+        + " | ".join(f"{cells[row]:.0e}" if row in cells else "" for cells in worst.values())
+        + " |"
         for row in sorted(rows)
     ]
     return "\n".join(lines) + "\n"
+
+
+def _mark(row: str) -> str:
+    from penstock.pipe.schedule import SCHEDULES
+
+    return " *" if SCHEDULES[row.partition(",")[0]].split else ""
 
 
 if __name__ == "__main__":

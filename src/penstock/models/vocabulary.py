@@ -7,9 +7,10 @@ place,
 
     loss = log(sum over all tokens of exp(z)) - z[y],
 
-and both terms add up part by part, the first by ``logaddexp``. What travels on beside the hidden states is two numbers
-a place. (Yeung et al., "Balancing Pipeline Parallelism with Vocabulary Parallelism", arXiv:2411.05288, cut by tokens
-too, but give every rank a part and have all of them meet for each micro-batch.)
+and both terms add up part by part, the first by ``logaddexp``. What travels on beside the hidden states is these two
+numbers a place and, from the first stage on, the label. (Yeung et al., "Balancing Pipeline Parallelism with Vocabulary
+Parallelism", arXiv:2411.05288, cut by tokens too, but give every rank a part and have all of them meet for each
+micro-batch.)
 
 The token embedding is cut alike: each part looks up its tokens and adds them to the hidden states.
 """

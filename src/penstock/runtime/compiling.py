@@ -30,14 +30,25 @@ def check_compiling(section: CompileSection, model: PipelineModule | nn.Module) 
             raise ValueError(unknown_name("compile.layers: layer class", name, sorted(names)))
 
 
-def compile_layers(section: CompileSection, stage: AnyStages) -> None:
+def compile_layers(section: CompileSection, stage: AnyStages, *, split: bool) -> None:
     """Compile each layer in place, so that parameters keep their names.
 
     A layer is compiled when it is first called; where tokens are dropped, what is compiled lies inside, with a length
     that may change. A tied layer's ``forward_fn`` is called as it is.
+
+    Args:
+        section: What is compiled, and how.
+        stage: Its layers.
+        split: Whether backward passes are split. A compiled layer's are whole even so, but the graph around it is kept
+            for the second half, so its buffers may not be given away in the first; torch has that setting for the
+            process.
     """
     if not section.enabled:
         return
+    if split:
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False
     for _, layer in stage.canonical_modules():
         if not section.layers or callable_name(layer) in section.layers:
             layer.compile(backend=section.backend, mode=section.mode)

@@ -44,7 +44,7 @@ from penstock.runtime.optimizers import OptimizerFactory, check_parameters, hidd
 from penstock.runtime.parts import Parts
 from penstock.runtime.plain_model import plain_stage
 from penstock.runtime.post_validation import PostValidation
-from penstock.runtime.preparation import Prepared, prepare
+from penstock.runtime.preparation import Prepared, prepare, splits
 from penstock.runtime.process import Process
 from penstock.runtime.run_facts import run_facts
 from penstock.runtime.same_start import copy_from_first_replica
@@ -171,7 +171,7 @@ def initialize(
             ready.dropping.wrap(stage)
             if process.rank == 0 and ready.dropping.unreached is not None:
                 _log.warning(ready.dropping.unreached)
-        compile_layers(settings.compile, stage)
+        compile_layers(settings.compile, stage, split=splits(ready.pipe_schedule))
         last_layer = None if module is None else len(module.parameter_counts) - 1
         built = _optimizer(settings, optimizer, shared, stage, last_layer=last_layer)
         local_updates = make_local_updates(settings, built, shared, groups, meter=meter, watcher=watcher)

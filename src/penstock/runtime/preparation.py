@@ -126,11 +126,6 @@ def prepare(
         )
     _check_tensor_parallel(settings, model, optimizer)
     check_compiling(settings.compile, model)
-    if settings.compile.enabled and _splits(pipe_schedule):
-        raise ValueError(
-            f"schedule {pipe_schedule.name!r} splits backward passes, and a compiled layer (compile.enabled) frees "
-            "what the second half needs; take a schedule with whole ones, such as '1f1b', or compile.enabled: false"
-        )
     _check_optimizer(model, optimizer, settings)
     _check_sharding(settings, pipe_schedule, optimizer)
     if pipe_schedule.slices > 1 and settings.random_ltd is not None and settings.random_ltd.enabled:
@@ -164,7 +159,7 @@ def prepare(
     )
 
 
-def _splits(schedule: Schedule) -> bool:
+def splits(schedule: Schedule) -> bool:
     """Whether a schedule computes some weight gradients after the input gradients."""
     return any((actions.ops == W_CODE).any() for actions in schedule.ranks)
 
@@ -173,7 +168,7 @@ def _check_sharding(config: TrainConfig, schedule: Schedule, optimizer: Any) -> 
     sharding = config.data_parallel.sharding
     if not config.data_parallel.sharded:
         return
-    if config.data_parallel.reshard_after_forward and _splits(schedule):
+    if config.data_parallel.reshard_after_forward and splits(schedule):
         raise ValueError(
             "data_parallel.reshard_after_forward frees a layer's gathered parameters between its passes, but schedule "
             f"{schedule.name!r} computes weight gradients then, which need them; set reshard_after_forward: false, or "

@@ -130,7 +130,7 @@ class Profiler:
         stage = self._division.build_stage(self.groups.pipe_rank, device=self.device, dtype=self.dtype)
         stage.activation_checkpoint_interval, stage.recomputed = 0, frozenset()
         stage.autocast_dtype = self.autocast_dtype
-        compile_layers(self.config.compile, stage)
+        compile_layers(self.config.compile, stage, split=True)
         return stage
 
     def _divide_by_time(self, size: int, batch: tuple[Any, Any]) -> None:

@@ -272,9 +272,7 @@ class ZeroOneAdam(ExchangingOptimizer):
         for part in self._rounds:
             if not part.rates:
                 part.bucket.exchanged.copy_(part.new_momentum)
-        # A round that is ended early is exchanged when its last step is done, which is where the next step begins: it
-        # makes random choices of its own.
-        self._exchange(compressed=moved, key=None if self._steps_done() < step else -step)
+        self._exchange(compressed=moved)
         if undoable:
             rates = [part.rates for part in self._rounds]
             for part in self._rounds:
