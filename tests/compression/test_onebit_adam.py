@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from penstock._core.protocols import OwnsExchange
-from penstock.compression import OneBitAdam
+from penstock.compression import OneBitAdam, OneBitLamb
 
 SHAPES = [(17, 5), (), (3,), (64, 33), (1000,), (0,)]
 
@@ -84,7 +84,29 @@ def test_adams_variance_from_beyond_the_freeze_is_refused() -> None:
     again = OneBitAdam(ps, freeze_step=4)
     give_gradients(ps, 5)
     one_bit.step()
-    again.load_state_dict(one_bit.state_dict())  # its own state says nothing of the kind
+    with pytest.raises(
+        ValueError, match=r"of 6 steps with a variance of the first 5, but freeze_step=4.*freeze_step=5"
+    ):
+        again.load_state_dict(one_bit.state_dict())
+
+
+@pytest.mark.parametrize("kind", [OneBitAdam, OneBitLamb])
+def test_a_variance_of_other_steps_is_refused(kind: type[OneBitAdam | OneBitLamb]) -> None:
+    ps = parameters(torch.float32)
+    made = kind(ps, freeze_step=3)
+    states = []
+    for step in range(5):
+        give_gradients(ps, step)
+        made.step()
+        states.append(copy.deepcopy(made.state_dict()))
+    for frozen in (2, 4):
+        with pytest.raises(ValueError, match=rf"of 5 steps .* first 3, but freeze_step={frozen} .*freeze_step=3 as"):
+            kind(ps, freeze_step=frozen).load_state_dict(states[-1])
+    later = kind(ps, freeze_step=4)
+    later.load_state_dict(states[2])  # 3 steps, all of which the variance is of
+    give_gradients(ps, 3)
+    later.step()
+    assert {int(state["variance_step"]) for state in later.state_dict()["state"].values()} == {4}
 
 
 def test_a_loaded_state_is_copied_into_the_flat_buffers() -> None:

@@ -313,13 +313,18 @@ class ExchangingOptimizer(Optimizer, ABC):
             for parameter in param_group["params"]:
                 self.state[parameter] = {"step": torch.tensor(0.0), **views[parameter]}
 
-    def _exchange(self, *, compressed: bool | Sequence[bool]) -> None:
-        """Average the exchange buffers of all buckets, compressed or not; a sequence says it for each."""
+    def _exchange(self, *, compressed: bool | Sequence[bool], key: int | None = None) -> None:
+        """Average the exchange buffers of all buckets.
+
+        Args:
+            compressed: Compressed or not; a sequence says it for each.
+            key: Of random choices; None is the number of steps done.
+        """
         buckets = self._all_buckets()
         each = [compressed] * len(buckets) if isinstance(compressed, bool) else compressed
         reductions = [bucket.reduction(compressed=which) for bucket, which in zip(buckets, each, strict=True)]
         for reduction in reductions:
-            reduction.start(self._steps_done())
+            reduction.start(self._steps_done() if key is None else key)
         for reduction in reductions:
             reduction.advance()
         for reduction in reductions:

@@ -9,11 +9,12 @@ Adam does not, because with ``v`` frozen the update is linear in ``m``: errors f
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from penstock._core.meter import Meter
 from penstock._core.waiting import Watcher
@@ -22,6 +23,9 @@ from penstock.compression.buckets import DEFAULT_BUCKET_BYTES
 from penstock.compression.optim._bucket import Denominator, FlatBucket, accept_gradient
 from penstock.compression.optim._exchanging import ExchangingOptimizer
 from penstock.compression.rules import ParameterRules
+
+VARIANCE_STEP: Final = "variance_step"
+"""Name in the state of how many of the first steps the variance is of."""
 
 
 class OneBitAdam(ExchangingOptimizer):
@@ -120,19 +124,25 @@ class OneBitAdam(ExchangingOptimizer):
         self._refuse_non_finite(step)
         for bucket, denominator in zip(self._all_buckets(), self._denominators, strict=True):
             self._update(bucket, denominator, step, warming_up=warming_up)
+        if warming_up:
+            note_variance(self, step)
+
+    def _extra_state(self, bucket: FlatBucket, index: int) -> dict[str, Tensor]:
+        return {VARIANCE_STEP: torch.tensor(0.0)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore moments, step and hyperparameters, copying into existing storage; also from AdamW's state dict.
 
-        Error memories are each rank's own and are not in it; see :meth:`load_error_state`.
+        Error memories are each rank's own and are not in it: they stay what they are. Where a run goes back, load
+        those of then, too; see :meth:`load_error_state`.
 
         Raises:
-            ValueError: Groups, parameters or shapes differ, or the parameters' step counts do, or the state is Adam's
-                and went on beyond ``freeze_step``.
+            ValueError: Groups, parameters or shapes differ, or the parameters' step counts do, or the variance was
+                not updated as often as ``freeze_step`` says.
         """
-        if self.bias_correction:
-            check_variance(state_dict, self.freeze_step, type(self).__name__)
+        check_variance(state_dict, self.freeze_step, type(self).__name__)
         super().load_state_dict(state_dict)
+        note_variance(self, min(self._steps_done(), self.freeze_step))
 
     def _update(self, bucket: FlatBucket, denominator: Denominator, step: int, *, warming_up: bool) -> None:
         param_group = self._group_of(bucket)
@@ -166,11 +176,25 @@ def check_freeze(freeze_step: int, variance_floor: float) -> None:
 
 
 def check_variance(state_dict: Mapping[str, Any], freeze_step: int, optimizer: str) -> None:
-    """Refuse Adam's state from beyond the freeze: its variance would be corrected as if it had stopped there."""
+    """Refuse a variance of other steps than the first ``freeze_step``: its correction would be that of another one."""
     adams = any("amsgrad" in param_group for param_group in state_dict["param_groups"])  # an option of Adam's alone
-    step = max((int(entry["step"]) for entry in state_dict["state"].values()), default=0)
-    if adams and step > freeze_step:
+    entries = state_dict["state"].values()
+    steps = {int(entry["step"]) for entry in entries}
+    step = max(steps, default=0)
+    counts = [int(entry[VARIANCE_STEP]) for entry in entries if VARIANCE_STEP in entry]
+    if (not adams and not counts) or len(steps) > 1:
+        return  # nothing says of which steps it is, or the state is refused for that
+    updates = max(counts, default=step)
+    if updates != min(step, freeze_step):
+        whose = f"Adam's after {step} steps" if adams else f"of {step} steps with a variance of the first {updates}"
+        remedy = "(to compress from here on) or more" if updates == step else "as it was made then"
         raise ValueError(
-            f"the state is Adam's after {step} steps, but freeze_step={freeze_step} says that the variance is "
-            f"of the first {freeze_step}; make {optimizer} with freeze_step={step} (to compress from here on) or more"
+            f"the state is {whose}, but freeze_step={freeze_step} says that the variance is of the first "
+            f"{min(step, freeze_step)}; make {optimizer} with freeze_step={updates} {remedy}"
         )
+
+
+def note_variance(optimizer: Optimizer, step: int) -> None:
+    """Keep with the state that the variance is of the first ``step`` steps."""
+    for state in optimizer.state.values():
+        state[VARIANCE_STEP].fill_(step)

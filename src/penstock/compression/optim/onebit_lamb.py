@@ -24,12 +24,12 @@ from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.buckets import DEFAULT_BUCKET_BYTES
 from penstock.compression.optim._bucket import Denominator, FlatBucket, accept_gradient
 from penstock.compression.optim._exchanging import ExchangingOptimizer
-from penstock.compression.optim.onebit_adam import check_freeze
+from penstock.compression.optim.onebit_adam import VARIANCE_STEP, check_freeze, check_variance, note_variance
 from penstock.compression.rules import ParameterRules
 
 _MOMENTUM, _VARIANCE, _FRESH = "exp_avg", "exp_avg_sq", "exp_avg_sq_fresh"
 _AVERAGE, _FACTOR, _SCALE = "coeff_average", "last_factor", "momentum_scale"
-_SCALARS: Final = {_AVERAGE: 0.0, _FACTOR: 1.0, _SCALE: 1.0}
+_SCALARS: Final = {_AVERAGE: 0.0, _FACTOR: 1.0, _SCALE: 1.0, VARIANCE_STEP: 0.0}
 """What a parameter's state holds beside its moments, and with what it begins."""
 
 
@@ -157,6 +157,19 @@ class OneBitLamb(ExchangingOptimizer):
             else:
                 self._frozen_lamb(bucket, self._denominators[index], self._fresh[index], step)
             bucket.publish()
+        if warming_up:
+            note_variance(self, step)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore moments, coefficients, step and hyperparameters, as :meth:`OneBitAdam.load_state_dict` does.
+
+        Raises:
+            ValueError: Groups, parameters or shapes differ, or the parameters' step counts do, or the variance was
+                not updated as often as ``freeze_step`` says.
+        """
+        check_variance(state_dict, self.freeze_step, type(self).__name__)
+        super().load_state_dict(state_dict)
+        note_variance(self, min(self._steps_done(), self.freeze_step))
 
     def _check_group(self, param_group: Mapping[str, Any]) -> None:
         super()._check_group(param_group)

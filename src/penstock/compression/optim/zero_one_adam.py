@@ -272,7 +272,9 @@ class ZeroOneAdam(ExchangingOptimizer):
         for part in self._rounds:
             if not part.rates:
                 part.bucket.exchanged.copy_(part.new_momentum)
-        self._exchange(compressed=moved)
+        # A round that is ended early is exchanged when its last step is done, which is where the next step begins: it
+        # makes random choices of its own.
+        self._exchange(compressed=moved, key=None if self._steps_done() < step else -step)
         if undoable:
             rates = [part.rates for part in self._rounds]
             for part in self._rounds:
