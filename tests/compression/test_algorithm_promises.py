@@ -273,6 +273,8 @@ def test_powersgd_is_exact_for_a_matrix_of_its_rank_and_homes_in_on_others() -> 
         ("topk", {"chunk_size": 70000}, "chunk_size must be a whole number from 1 to 65536, got 70000"),
         ("topk", {"chunk_size": 16, "keep": 17}, "keep must be a whole number from 1 to 16, got 17"),
         ("topk", {"values": "fp8"}, "unknown values 'fp8'"),
+        ("topk", {"values": ["bf16"]}, r"unknown values \['bf16'\]"),
+        ("fp8", {"format": ["e4m3"]}, r"unknown format \['e4m3'\]"),
         ("topk_int2", {"keep": 0}, "keep must be"),
         ("randomk", {"every": 0}, "every must be"),
         ("randomk", {"scaled": "yes"}, "true or false"),

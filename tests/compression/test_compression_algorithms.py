@@ -10,6 +10,7 @@ from torch import Tensor
 from penstock.compression import (
     CompressionAlgorithm,
     CompressionConfig,
+    CompressionModule,
     Payload,
     PayloadField,
     create_compression_algorithm,
@@ -179,3 +180,30 @@ def test_a_class_must_be_found_again_by_what_it_says_of_itself() -> None:
 def test_a_block_is_a_whole_number_of_bytes(block_size: object) -> None:
     with pytest.raises(ValueError, match="block_size must be a positive multiple of 8"):
         create_compression_algorithm("onebit", {"block_size": block_size})
+
+
+class Share(Halve):
+    """As :class:`Halve`, of a factor that has to be given."""
+
+    name = "share"
+
+    def __init__(self, *, factor: float) -> None:
+        super().__init__(factor=factor)
+
+
+@pytest.mark.usefixtures("_registry")
+def test_an_algorithm_that_needs_an_option_says_so_and_holds_up_no_list() -> None:
+    register_compression_module("share", Share)
+    with pytest.raises(ValueError, match="'share' needs the option factor, which has no default"):
+        create_compression_algorithm("share")
+    assert create_compression_algorithm("share", {"factor": 0.25}).options() == {"factor": 0.25}
+    makeable, needing = registry_module.algorithms_without_options()
+    assert needing == ["share"]
+    assert sorted([*makeable, *needing]) == known_algorithms()
+
+
+def test_powersgd_without_a_memory_tells_tensors_of_one_name_apart() -> None:
+    module = CompressionModule(create_compression_algorithm("powersgd", {"rank": 2}), error_feedback=False)
+    module.compress(torch.randn(20, 30), "weight")
+    with pytest.raises(ValueError, match=r"'weight' was of another shape before, now it is of \(30, 20\)"):
+        module.compress(torch.randn(30, 20), "weight")

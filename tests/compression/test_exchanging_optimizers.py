@@ -219,3 +219,32 @@ def test_rechunked_memories_owe_what_the_old_ones_did(numel: int, old: int, new:
     assert [t["b.server"].numel() for t in taken] == [stop - start for start, stop in cut(new)]
     still = sum(t["b.worker"] for t in taken) / new + torch.cat([t["b.server"] for t in taken])
     torch.testing.assert_close(still, owed, rtol=1e-12, atol=1e-12)
+
+
+class Keys:
+    """A reduction over one replica that keeps the steps that it was started with."""
+
+    def __init__(self) -> None:
+        self.seen: list[int | None] = []
+
+    def start(self, step: int | None = None) -> None:
+        self.seen.append(step)
+
+    def advance(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        pass
+
+
+def test_a_round_that_is_ended_early_makes_random_choices_of_its_own() -> None:
+    p = nn.Parameter(torch.ones(8))
+    optimizer = ZeroOneAdam([p], var_freeze_step=1, var_update_scaler=1, local_step_scaler=2, local_step_clipper=2)
+    (bucket,) = optimizer._all_buckets()
+    keys = bucket._compressed = Keys()
+    for _ in range(12):
+        p.grad = torch.ones(8)
+        optimizer.step()
+        optimizer.synchronize()
+    assert len(keys.seen) == 11  # all steps but the first
+    assert len(set(keys.seen)) == 11

@@ -191,6 +191,7 @@ def test_a_skipped_step_of_a_sharded_run_leaves_every_memory_as_it_was(pool: Wor
         ({"algorithm": "int8", "bucket_mb": 1.0}, "bucket_mb=1.0 cannot be had"),
         ({"weights": "powersgd"}, "powersgd compresses whole matrices"),
         ({"weights": "randomk"}, "randomk would set most weights to zero; take fp8, int8"),
+        ({"weights": "int8", "weights_options": {"stochastic": True}}, "leave stochastic out for weights"),
         ({"weights": "int8", "weights_options": {"block": 3}}, "did you mean 'block_size'"),
     ],
 )

@@ -246,7 +246,8 @@ def test_a_nan_is_told_by_all_when_it_is_exchanged(pool: WorkerPool, at: int, to
     for said, untouched in pool.run(one_nan, 2, at):
         assert f"step {told}: a gradient holds a NaN or infinity" in said
         assert ("go back to a checkpoint" in said) == (at == 19)
-        assert untouched == (at != 19) or at == 19
+        if at != 19:  # else one replica has moved along the NaN already
+            assert untouched
 
 
 def bytes_by_step(rank: int, world_size: int) -> list[int]:

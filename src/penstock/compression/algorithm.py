@@ -141,6 +141,12 @@ def option_names(cls: type[CompressionAlgorithm]) -> list[str]:
     return [name for name in inspect.signature(cls).parameters if name not in ("args", "kwargs")]
 
 
+def required_options(cls: type[CompressionAlgorithm]) -> list[str]:
+    """Names of the options that have no default."""
+    parameters = inspect.signature(cls).parameters
+    return [name for name in option_names(cls) if parameters[name].default is inspect.Parameter.empty]
+
+
 def wire_bytes(layout: Sequence[PayloadField]) -> int:
     """Bytes of the flat buffer that holds a payload of this layout."""
     return _offsets(tuple(layout))[-1]

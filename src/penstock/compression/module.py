@@ -153,7 +153,12 @@ class CompressionModule:
             first = algorithm.start(tensor.shape, tensor.device)
             if first is not None:
                 self._starts[name] = first
-        start = self._starts.get(name)
+        start, factors = self._starts.get(name), algorithm.factors(tensor.shape)
+        if (None if start is None else tuple(start.shape)) != (None if factors is None else factors[1:]):
+            raise ValueError(
+                f"the tensor named {name!r} was of another shape before, now it is of {tuple(tensor.shape)}; give each "
+                "tensor a name of its own"
+            )
         if start is not None:
             start = self._starts[name] = start.to(tensor.device)
         if memory is None:

@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._core.suggest import unknown_name
-from penstock.compression.algorithm import CompressionAlgorithm, option_names
+from penstock.compression.algorithm import CompressionAlgorithm, option_names, required_options
 from penstock.compression.algorithms import BUILT_IN
 
 if TYPE_CHECKING:
@@ -54,6 +54,13 @@ def known_algorithms() -> list[str]:
     return sorted(_classes)
 
 
+def algorithms_without_options() -> tuple[list[str], list[str]]:
+    """Names of the algorithms that can be made without options, and of those that cannot."""
+    names = known_algorithms()
+    needing = [name for name in names if required_options(_classes[name])]
+    return [name for name in names if name not in needing], needing
+
+
 def get_compression_class(name: str) -> type[CompressionAlgorithm]:
     """The class registered under a name; an unknown one raises ``ValueError`` with the known names."""
     if name not in _classes:
@@ -86,8 +93,9 @@ def create_compression_algorithm(name: str, config: Mapping[str, Any] | None = N
     """Make an algorithm from its name and its options, ``{"block_size": 2048}`` for ``"onebit"`` for example.
 
     Raises:
-        ValueError: The name or an option is unknown (the message lists the known ones), a value is out of range, or
-            the class keeps an option under another name than it takes it (:meth:`CompressionAlgorithm.options`).
+        ValueError: The name or an option is unknown (the message lists the known ones), an option that has no default
+            is missing, a value is out of range, or the
+            class keeps an option under another name than it takes it (:meth:`CompressionAlgorithm.options`).
     """
     cls = get_compression_class(name)
     options = dict(config or {})
@@ -95,6 +103,9 @@ def create_compression_algorithm(name: str, config: Mapping[str, Any] | None = N
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of compression algorithm {name!r}:", option, known))
+    missing = [option for option in required_options(cls) if option not in options]
+    if missing:
+        raise ValueError(f"compression algorithm {name!r} needs the option {', '.join(missing)}, which has no default")
     algorithm = cls(**options)
     for option in known:
         if not hasattr(algorithm, option):

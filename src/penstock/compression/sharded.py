@@ -233,7 +233,7 @@ class CompressedAllGather:
         watcher: Bounds the waits.
 
     Raises:
-        ValueError: The algorithm needs whole matrices, or leaves most elements out.
+        ValueError: The algorithm needs whole matrices, leaves most elements out, or rounds at random.
     """
 
     def __init__(
@@ -331,6 +331,11 @@ def check_for_weights(algorithm: CompressionAlgorithm) -> None:
     refuse_shaped(algorithm)
     if algorithm.sparse or isinstance(algorithm, RandomK):
         raise ValueError(f"{algorithm.name} would set most weights to zero; take fp8, int8 or the like for weights")
+    if algorithm.options().get("stochastic"):
+        raise ValueError(
+            f"{algorithm.name} with stochastic=True would round weights otherwise in the backward pass than in the "
+            "forward pass; leave stochastic out for weights"
+        )
 
 
 def refuse_shaped(algorithm: CompressionAlgorithm) -> None:

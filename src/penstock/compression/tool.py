@@ -22,7 +22,7 @@ from torch import Tensor
 from penstock._core.files import write_bytes
 from penstock.compression.algorithm import CompressionAlgorithm
 from penstock.compression.archive import compressed_by, decompress_file, write_compressed
-from penstock.compression.registry import create_compression_algorithm, known_algorithms
+from penstock.compression.registry import algorithms_without_options, create_compression_algorithm
 from penstock.compression.tensor_file import TensorFile
 
 _FUSED_ELEMENTS: Final = 1 << 24
@@ -217,7 +217,10 @@ def app_function(
     if picture is not None:
         _check_picture(picture)
         _check_output(file, picture, overwrite=overwrite)
-    chosen = [create_compression_algorithm(name, options) for name in algorithms or known_algorithms()]
+    makeable, needing = algorithms_without_options()
+    if needing and not algorithms:
+        console.print(f"left out, because they need options: {', '.join(needing)}")
+    chosen = [create_compression_algorithm(name, options) for name in algorithms or makeable]
     tensors = TensorFile(file)
     former = compressed_by(tensors.metadata)
     if former is not None:

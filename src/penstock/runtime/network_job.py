@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from penstock._core.waiting import Watcher
-from penstock.compression import create_compression_algorithm, known_algorithms
+from penstock.compression import create_compression_algorithm
 from penstock.compression.network.cost import (
     TOLERANCE,
     Prediction,
@@ -24,6 +24,7 @@ from penstock.compression.network.cost import (
     square_shapes,
 )
 from penstock.compression.network.probe import Network, measure_codec, measure_network
+from penstock.compression.registry import algorithms_without_options
 from penstock.compression.tensor_file import TensorFile
 from penstock.runtime.launch import launch, launched
 from penstock.runtime.process import Process
@@ -107,7 +108,7 @@ def _shapes(parameters: int | None, checkpoint: Path | None) -> Shapes:
 
 def _predictions(measured: Network, shapes: Shapes, step_s: float, device: torch.device) -> list[Prediction]:
     predictions = []
-    for name in known_algorithms():
+    for name in algorithms_without_options()[0]:
         algorithm = create_compression_algorithm(name)
         codec = measure_codec(algorithm, device)
         predictions.append(predict(algorithm, codec, measured, shapes, step_s))
@@ -150,6 +151,9 @@ def _print(measured: Network, predictions: Sequence[Prediction], compute_s: floa
     console.print(table)
     console.print(f"recommended: {best.algorithm}, {best.step_s:.3f} s a step")
     console.print(f"expected loss of quality: {quality(best.relative_error)}")
+    needing = algorithms_without_options()[1]
+    if needing:
+        console.print(f"left out, because they need options: {', '.join(needing)}")
     console.print("(measured on normally distributed numbers: a guide, not your model's loss)")
     if best.step_s > (1 + TOLERANCE) * compute_s:
         apart = min((p for p in predictions if p.period > 1), key=lambda p: p.step_s)

@@ -28,7 +28,7 @@ class Fp8(BlockQuantiser):
 
     def __init__(self, *, format: Literal["e4m3", "e5m2"] = "e4m3", block_size: int = 1024) -> None:
         super().__init__(block_size=block_size)
-        if format not in _FORMATS:
+        if not isinstance(format, str) or format not in _FORMATS:
             raise ValueError(f"unknown format {format!r}; known: {', '.join(map(repr, _FORMATS))}")
         self.format: Literal["e4m3", "e5m2"] = format
         self._dtype = _FORMATS[format]

@@ -27,7 +27,7 @@ class TopK(TopKByChunk):
 
     def __init__(self, *, chunk_size: int = 4096, keep: int = 64, values: Literal["fp32", "bf16"] = "fp32") -> None:
         super().__init__(chunk_size=chunk_size, keep=keep)
-        if values not in _DTYPES:
+        if not isinstance(values, str) or values not in _DTYPES:
             raise ValueError(f"unknown values {values!r}; known: {', '.join(map(repr, _DTYPES))}")
         self.values: Literal["fp32", "bf16"] = values
 
