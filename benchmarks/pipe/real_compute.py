@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.pipe.processes import run_ranks
 
-MICRO_BATCHES, WIDTH, DEPTH, ROWS, REPEATS = 16, 512, 3, 256, 9
+MICRO_BATCHES, WIDTH, DEPTH, ROWS, REPEATS = 16, 512, 8, 256, 15
 SCHEDULES = ("gpipe", "1f1b", "zb_h1")
 RESULTS = Path(__file__).parents[1] / "results" / "pipe"
 
