@@ -31,7 +31,7 @@ MODELS = {
     # width, sequence length, vocabulary of the embedding and of the head, kinds of layers between
     "uniform": (192, 64, 256, 256, "mmmmmmmm"),
     # A vocabulary on both sides, of which only the head's computes.
-    "heavy head": (96, 64, 2048, 2048, "mmmmmmmmmm"),
+    "heavy head": (96, 64, 8192, 8192, "mmmmmmmmmm"),
     # Half of all parameters are rows of which a batch looks up a few.
     "heavy embedding": (128, 64, 8192, 256, "mmmmmmmm"),
     # Attention computes more than its parameters tell.

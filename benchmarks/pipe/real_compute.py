@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.pipe.processes import run_ranks
 
-MICRO_BATCHES, WIDTH, DEPTH, ROWS, REPEATS = 16, 512, 8, 256, 15
+MICRO_BATCHES, WIDTH, DEPTH, ROWS, REPEATS = 16, 1024, 12, 128, 9
 SCHEDULES = ("gpipe", "1f1b", "zb_h1")
 RESULTS = Path(__file__).parents[1] / "results" / "pipe"
 

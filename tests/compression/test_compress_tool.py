@@ -318,6 +318,16 @@ def test_short_floats_come_back_by_every_algorithm(tmp_path: Path, name: str, dt
     torch.testing.assert_close(found.float(), whole, rtol=step, atol=step * float(x.abs().max()))
 
 
+def test_what_is_not_finite_and_what_is_not_floating_is_said(tmp_path: Path) -> None:
+    file, output = tmp_path / "x.safetensors", io.StringIO()
+    save_file({"fine": torch.ones(8), "spoilt": torch.tensor([1.0, float("nan")]), "ids": torch.arange(3)}, file)
+    assert app_function(file, algorithms=["onebit"], console=Console(width=200, file=output)) == 0
+    assert "such a tensor is written as it is: spoilt\n" in output.getvalue()
+    save_file({"ids": torch.arange(3)}, file)
+    with pytest.raises(ValueError, match="none of its 1 tensors is floating, so there is nothing to compress"):
+        app_function(file)
+
+
 def test_shapes_are_read_without_the_tensors(model_file: Path) -> None:
     tensors = load_file(model_file)
     expected = sorted(tuple(x.shape) for x in tensors.values() if x.is_floating_point())

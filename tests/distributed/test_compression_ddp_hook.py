@@ -109,10 +109,13 @@ def resume(rank: int, world_size: int) -> list[bool]:
     expected = gradients(model, rank, 4)
     state.load_state_dict(saved)
     again = gradients(model, rank, 4)
-    return [state.step == 5, all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))]
+    same = [state.step == 5, all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))]
+    with pytest.raises(ValueError, match=f"memories of rank {1 - rank}, but this is rank {rank}: .* on each rank"):
+        state.load_state_dict({**saved, "rank": 1 - rank})
+    return same
 
 
-def test_memories_are_restored_bitwise(pool: WorkerPool) -> None:
+def test_memories_are_restored_bitwise_and_anothers_are_refused(pool: WorkerPool) -> None:
     assert pool.run(resume, 2) == [[True, True]] * 2
 
 

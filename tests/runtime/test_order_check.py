@@ -75,12 +75,13 @@ def test_what_is_printed_was_read_and_the_run_proves_it(config: dict[str, Any], 
     printed = order(tmp_path / "config.yaml", "--to", 36)
     assert printed.exit_code == 0
     lines = [line.split("\t") for line in printed.stdout.splitlines()]
-    assert lines[0] == ["consumed", "position", "sample"]
+    assert lines[0] == ["consumed", "position", "place", "sample"]
     assert [int(line[0]) for line in lines[1:]] == list(range(36))
     assert [int(line[1]) for line in lines[1:]] == list(range(36))
-    assert [int(line[2]) for line in lines[1:]] == seen
+    assert [int(line[2]) for line in lines[1:]] == [*range(20), *range(24, 30), *range(31, 41)]
+    assert [int(line[3]) for line in lines[1:]] == seen
     one_batch = order(run, "--from", 8).stdout.splitlines()[1:]
-    assert [int(line.split("\t")[2]) for line in one_batch] == seen[8:12]
+    assert [int(line.split("\t")[3]) for line in one_batch] == seen[8:12]
     assert len(list((run / "order").glob("*/order.bin"))) == 1  # sorted once for all of these
     accounts = verify_run(run)
     assert [(account.step, account.samples, account.proved) for account in accounts] == [(5, 20, True), (9, 36, True)]
@@ -139,7 +140,7 @@ def test_a_paced_run_keeps_its_births_and_proves_what_it_read(config: dict[str, 
     (Path(config["output"]) / "config.json").write_text(json.dumps(config))
     assert [account.proved for account in verify_run(Path(config["output"]))] == [True, True]
     printed = order(config["output"], "--from", 40, "--to", 48).stdout.splitlines()[1:]
-    assert {int(line.split("\t")[2]) % 10 for line in printed} & {7, 8, 9}
+    assert {int(line.split("\t")[3]) % 10 for line in printed} & {7, 8, 9}
 
 
 def test_pacing_without_a_heldout_loss_is_refused(config: dict[str, Any], tmp_path: Path) -> None:

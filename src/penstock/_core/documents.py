@@ -12,7 +12,23 @@ def document_mask(document_ids_BS: Tensor) -> Tensor:
 
     Args:
         document_ids_BS: Integers; places of the same id are one document.
+
+    Raises:
+        ValueError: The numbers are not ``[B, S]``.
     """
+    check_rows(document_ids_BS)
     length = document_ids_BS.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
     return (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]) & causal
+
+
+def check_rows(document_ids_BS: Tensor) -> None:
+    """Refuse documents' numbers that are not those of a batch of rows.
+
+    Raises:
+        ValueError: They are not ``[B, S]``.
+    """
+    if document_ids_BS.dim() != 2:
+        raise ValueError(
+            f"document_ids are [batch, length], got {list(document_ids_BS.shape)}; of one row take document_ids[None]"
+        )

@@ -24,6 +24,8 @@ def order(
 ) -> None:
     """Print which samples a run reads when, without running it; or verify that a run has read those.
 
+    The column "place" is what sampling.skip_ranges is counted in: nothing is skipped there.
+
     \b
     Examples:
       penstock order config.yaml
@@ -57,6 +59,6 @@ def order(
         stop = start + config.train.global_batch_size if stop is None else stop
         if stop < start:
             raise ValueError(f"--to {stop} lies before --from {start}")
-    typer.echo("consumed\tposition\tsample" + ("" if found.mixture is None else "\tcorpus"))
+    typer.echo("consumed\tposition\tplace\tsample" + ("" if found.mixture is None else "\tcorpus"))
     for row in rows(found, feed, start, stop):
         typer.echo("\t".join(map(str, row)))

@@ -27,7 +27,7 @@ from penstock.compression.chunks import Part
 from penstock.compression.ddp_slot import DDPSlot, Piece, Span
 from penstock.compression.error_feedback import CLASSIC, FeedbackRule, all_finite, memory_dtype
 from penstock.compression.error_memory import ErrorMemory
-from penstock.compression.group import ranks_of
+from penstock.compression.group import rank_in, ranks_of
 from penstock.compression.masks import check_masks, flat_mask
 from penstock.compression.reduction import finish_all, make_reduction
 from penstock.compression.rules import ParameterRules, split_by
@@ -171,7 +171,7 @@ class DDPCompression:
 
         With what was loaded and waits for its bucket still.
         """
-        state: dict[str, Any] = {"step": self.step}
+        state: dict[str, Any] = {"step": self.step, "rank": rank_in(None)}
         for index, slot in sorted(self._slots.items()):
             if slot.memory is not None:
                 state.update({f"bucket_{index:03d}.{name}": t for name, t in slot.memory.tensors().items()})
@@ -186,10 +186,19 @@ class DDPCompression:
 
         A resumed DDP rearranges its buckets again after its first step. Memories of the rearranged buckets wait for
         that: nothing is lost, but such a resume is not bitwise; Penstock's own reducer, whose layout is fixed, is.
+
+        Raises:
+            ValueError: It is another rank's.
         """
+        rank = rank_in(None)
+        if state.get("rank", rank) != rank:
+            raise ValueError(
+                f"these are the error memories of rank {state['rank']}, but this is rank {rank}: "
+                "they belong to a rank; save a file on each rank, and load it there"
+            )
         self.step = int(state["step"])
         self._slots.clear()
-        self._loaded = {name: value for name, value in state.items() if name != "step"}
+        self._loaded = {name: value for name, value in state.items() if name not in ("step", "rank")}
         self._loaded_at = self.step
 
     def _slot_for(self, bucket: GradBucket) -> DDPSlot:

@@ -229,9 +229,15 @@ def app_function(
             f"turn it back first: penstock compress {file} --decompress --output FILE"
         )
     bytes_before = file.stat().st_size
-    title = f"{file.name}: {len(tensors.floating_shapes())} floating tensors of {len(tensors)}"
+    floating = len(tensors.floating_shapes())
+    if not floating:
+        raise ValueError(f"{file}: none of its {len(tensors)} tensors is floating, so there is nothing to compress")
+    title = f"{file.name}: {floating} floating tensors of {len(tensors)}"
     measured = [measure(tensors.values(), algorithm, fused=fused) for algorithm in chosen]
     console.print(render(measured, title=title))
+    if not all(math.isfinite(found.relative_error) for found in measured):
+        names = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
+        console.print(f"NaN or infinite, so errors say nothing; such a tensor is written as it is: {', '.join(names)}")
     if picture is not None:
         draw(measured, picture, title=title)
         console.print(f"{picture}: error against ratio")

@@ -120,7 +120,10 @@ def import_attribute(path: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"{path!r}: cannot import {module_name} ({error})") from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+            hint = "; install its package, or name its directory in PYTHONPATH"
+        raise ValueError(f"{path!r}: cannot import {module_name} ({error}){hint}") from error
     for name in attribute.split("."):
         if not hasattr(found, name):
             public = [known for known in dir(found) if not known.startswith("_")]

@@ -91,19 +91,21 @@ def verify_run(run: Path, overrides: Sequence[str] = ()) -> list[Account]:
 
 
 def rows(order: DataSampler, feed: Feed, start: int, stop: int) -> list[tuple[int | str, ...]]:
-    """The samples that a run consumes as its ``start``-th to ``stop - 1``-th: number, position in the order, sample.
+    """The samples that a run consumes as its ``start``-th to ``stop - 1``-th: number, position, place, sample.
 
-    Of a mixture the sample counts from its corpus' first, whose name follows.
+    The position is the sampler's; the place is that in the order before anything is skipped. Of a mixture the sample
+    counts from its corpus' first, whose name follows.
     """
     positions = feed.positions(start, stop).tolist()
     samples = order.sample_at(np.array(positions, dtype=np.int64)).tolist()
+    places = order.place_at(np.array(positions, dtype=np.int64)).tolist()
     if not isinstance(order.data, Corpora):
-        return list(zip(range(start, stop), positions, samples, strict=True))
+        return list(zip(range(start, stop), positions, places, samples, strict=True))
     corpora = order.data
     found: list[tuple[int | str, ...]] = []
-    for number, position, sample in zip(range(start, stop), positions, samples, strict=True):
+    for number, position, place, sample in zip(range(start, stop), positions, places, samples, strict=True):
         corpus = corpora.corpus_of(sample)
-        found.append((number, position, sample - corpora.starts[corpus], corpora.names[corpus]))
+        found.append((number, position, place, sample - corpora.starts[corpus], corpora.names[corpus]))
     return found
 
 

@@ -158,3 +158,12 @@ def test_packing_is_a_setting_of_a_run(tmp_path: Path) -> None:
     model = PipelineModule(gpt_layers(shape), num_stages=1, loss_fn=gpt_loss)
     with penstock.initialize(model, config) as engine:
         assert float(engine.train_batch()) == pytest.approx(np.log(50), rel=0.1)
+
+
+def test_what_cannot_be_packed_or_masked_is_refused_with_the_remedy() -> None:
+    for wrong in ("data/code", [[1, 2, 3], [4, 5]]):
+        with pytest.raises(ValueError, match=f"packing takes an IndexedDataset.*, got {type(wrong).__name__}; write"):
+            PackedDocuments(wrong, 4)  # type: ignore[arg-type]
+    for take in (document_mask, cumulative_lengths):
+        with pytest.raises(ValueError, match=r"\[batch, length\], got \[5\]; of one row take document_ids\[None\]"):
+            take(torch.zeros(5, dtype=torch.int64))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from penstock.data_pipeline.datasets import IndexedDataset, IndexedDatasetBuilder, TokenWindows
 
@@ -98,3 +99,13 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
         windows[3]
     with pytest.raises(ValueError, match="know no documents"):
         windows.document_ids([0])
+
+
+def test_a_batch_sampler_given_as_a_sampler_is_told() -> None:
+    windows = TokenWindows(np.arange(40), 4)
+    loader = DataLoader(windows, sampler=[[0, 1], [2, 3]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"one whole number, got list; .* is a DataLoader's batch_sampler="):
+        next(iter(loader))
+    loader = DataLoader(windows, batch_size=2, sampler=[[0, 1], [2, 3]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="batch_sampler="):
+        next(iter(loader))

@@ -194,10 +194,9 @@ class ExchangingOptimizer(Optimizer, ABC):
         )
         if not fits:
             _log.warning(
-                "the saved error memories (%d tensors) do not fit this run's buckets (%d tensors): parameters, "
-                "groups, bucket size or replicas differ; starting with empty memories",
-                len(state),
-                len(mine),
+                "the saved error memories do not fit this run's: %s; parameters, groups, bucket size or the number of "
+                "replicas differ, or they are another rank's; starting with empty memories",
+                _difference(mine, state),
             )
             empty_memories(mine)
             return False
@@ -355,6 +354,17 @@ class ExchangingOptimizer(Optimizer, ABC):
     def _steps_done(self) -> int:
         first = next(iter(self.state.values()))  # all count alike; a group may be empty, the optimizer may not
         return int(first["step"])
+
+
+def _difference(mine: Mapping[str, Tensor], saved: Mapping[str, Any]) -> str:
+    """The first of the memories that are not alike."""
+    for name in sorted(mine.keys() | saved.keys()):
+        here, there = (list(state[name].shape) if name in state else None for state in (mine, saved))
+        if here != there:
+            return (
+                f"{name} is {'missing' if here is None else here}, and saved {'not at all' if there is None else there}"
+            )
+    return "the dtypes differ"
 
 
 def _restore(mine: Tensor, saved: Tensor, what: str, parameter: Tensor) -> None:

@@ -133,6 +133,17 @@ class DataSampler(Sampler[list[int]]):
         """
         return self._samples(k)
 
+    def place_at(self, k: npt.ArrayLike) -> IntArray:
+        """The places of positions ``k`` in the order before anything is skipped: what ``skip_ranges`` is counted in.
+
+        Args:
+            k: Integers of any shape, each at least 0.
+
+        Returns:
+            int64, of the same shape; ``k`` itself where nothing is skipped before it.
+        """
+        return self._skips.places(np.asarray(k, dtype=np.int64))
+
     def difficulty_at(self, k: int) -> dict[str, float]:
         """The difficulty of each metric that the schedules allow at position ``k``; empty without a curriculum.
 

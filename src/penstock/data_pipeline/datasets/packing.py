@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from penstock._core.documents import check_rows
 from penstock.data_pipeline.datasets.bins import Bins, best_fit
 from penstock.data_pipeline.datasets.collate import IGNORED
 from penstock.data_pipeline.datasets.indexed import IndexedDataset
@@ -40,6 +41,11 @@ class PackedDocuments:
     """
 
     def __init__(self, documents: IndexedDataset, length: int, *, pad_token: int = 0) -> None:
+        if not isinstance(documents, IndexedDataset):
+            raise ValueError(
+                f"packing takes an IndexedDataset, whose sequences are documents, got {type(documents).__name__}; "
+                "write other data with IndexedDatasetBuilder or `penstock tokenize`; then IndexedDataset(PREFIX)"
+            )
         if length < 1:
             raise ValueError(f"a row has at least 1 place, got length={length}")
         if not documents.is_contiguous or documents.dtype.kind == "f":
@@ -89,7 +95,11 @@ def cumulative_lengths(document_ids_BS: Tensor) -> tuple[Tensor, int]:
 
     Returns:
         ``cu_seqlens``, int32, from 0 to ``B * S``, and the longest document's length. Filling counts as a document.
+
+    Raises:
+        ValueError: The numbers are not ``[B, S]``.
     """
+    check_rows(document_ids_BS)
     rows, length = document_ids_BS.shape
     changes = torch.ones_like(document_ids_BS, dtype=torch.bool)
     changes[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]

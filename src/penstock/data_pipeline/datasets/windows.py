@@ -1,5 +1,6 @@
 """Fixed windows over a corpus laid end to end: what a language model is trained on."""
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ class TokenWindows:
 
     def __getitem__(self, index: int) -> TokenArray:
         """Window ``index``: ``length + 1`` tokens in the corpus's dtype, a read-only view."""
+        _check_number(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         window: TokenArray = self._windows_NT[index]
@@ -69,6 +71,8 @@ class TokenWindows:
 
     def __getitems__(self, indices: list[int]) -> TokenArray:
         """What torch's DataLoader asks for: a whole batch in one call."""
+        for index in indices:
+            _check_number(index)
         return self.batch(indices)
 
     def document_ids(self, indices: npt.ArrayLike) -> IndexArray:
@@ -120,3 +124,13 @@ def _document_ends(source: IndexedDataset) -> IndexArray:
     """One past the last token of each document, in the stream."""
     starts = np.concatenate([[0], np.cumsum(source.lengths, dtype=np.int64)])
     return np.asarray(starts[source.document_indices[1:]], dtype=np.int64)
+
+
+def _check_number(index: Any) -> None:
+    try:
+        operator.index(index)
+    except TypeError:
+        raise TypeError(
+            f"a window is named by one whole number, got {type(index).__name__}; take several with batch(indices). "
+            "A sampler that yields whole batches is a DataLoader's batch_sampler=, not its sampler="
+        ) from None
