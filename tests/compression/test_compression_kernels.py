@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.compression import create_compression_algorithm
-from penstock.compression.kernels import kernels_for, use_kernels
+from penstock.compression.kernels import choice, kernels_for, use_kernels
 
 ALGORITHMS = st.one_of(
     st.tuples(
@@ -52,8 +52,8 @@ def test_the_cpu_kernels_give_the_bits_of_torch_and_numpy(which, numel: int, see
         x[numel // 2], owed[0], x[0] = torch.inf, -0.0, -0.0
         x[numel // 3 : numel // 3 + 40] = 0.0
     out = []
-    for choice in ("none", "auto"):
-        use_kernels(choice)
+    for chosen in ("none", "auto"):
+        use_kernels(chosen)
         memory = owed.clone()
         plain, fed = algorithm.compress(x), algorithm.compress_with_memory(x, memory)
         seen = algorithm.decompress(fed, torch.empty_like(x))
@@ -114,3 +114,18 @@ def test_the_gpu_kernels_do_the_same_in_tritons_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
     assert done.stdout == "same\n", done.stderr[-3000:]
+
+
+def test_a_compiler_that_cannot_be_used_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    x = torch.randn(100)
+
+    def fail(name: str) -> None:
+        raise ImportError("it needs another numpy")
+
+    choice._compiled.cache_clear()
+    monkeypatch.setattr(choice.importlib, "import_module", fail)
+    with pytest.warns(UserWarning, match="goes without numba, which cannot be used here: it needs another numpy"):
+        assert choice.kernels_for("onebit", None, x, block_size=64) is None
+    assert choice.kernels_for("onebit", None, x, block_size=64) is None  # warnings are errors
+    choice._compiled.cache_clear()

@@ -4,9 +4,11 @@ All give the same scales, codes and residuals; on a CPU bit for bit. Numba (the 
 is first called and keeps the result in its cache.
 """
 
+import importlib
 import importlib.util
+import warnings
 from functools import cache
-from typing import Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -55,17 +57,23 @@ def kernels_for(name: str, key: int | None, *tensors: Tensor, block_size: int) -
     if _choice == "none" or any(tensor.dtype != torch.float32 for tensor in tensors):
         return None
     device = tensors[0].device.type
-    if device == "cpu" and _has("numba"):
-        from penstock.compression.kernels import cpu
-
-        return cpu.find(name, key)
-    if device == "cuda" and block_size <= _LARGEST_ON_GPU and _has("triton"):
-        from penstock.compression.kernels import gpu
-
-        return gpu.find(name, key)
-    return None
+    if device == "cpu":
+        kernels = _compiled("numba", "cpu")
+    elif device == "cuda" and block_size <= _LARGEST_ON_GPU:
+        kernels = _compiled("triton", "gpu")
+    else:
+        return None
+    found: BlockKernels | None = None if kernels is None else kernels.find(name, key)
+    return found
 
 
 @cache
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _compiled(package: str, module: str) -> Any:
+    """Our module of kernels that a package compiles; None where that is not installed, or cannot be used."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.import_module(f"penstock.compression.kernels.{module}")
+    except (ImportError, RuntimeError) as error:  # it is of another numpy, or has no folder to keep its code in
+        warnings.warn(f"compression goes without {package}, which cannot be used here: {error}", stacklevel=2)
+        return None

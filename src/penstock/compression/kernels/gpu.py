@@ -6,6 +6,7 @@ The bits are those of torch but for a scale's last one, because a GPU sums in an
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -160,14 +161,18 @@ class _Kernels:
         room = triton.next_power_of_2(self._room_for(block_size))
         remember = memory is not None
         launch = self._encode[(scales.numel(),)]
-        launch(tensor, owed, scales, codes, tensor.numel(), block_size, remember=remember, room=room, **self._options)
+        with torch.cuda.device_of(tensor):  # which need not be the current one, where Triton would launch
+            launch(
+                tensor, owed, scales, codes, tensor.numel(), block_size, remember=remember, room=room, **self._options
+            )
 
     def decode(self, scales: Tensor, codes: Tensor, out: Tensor, block_size: int, *, add: bool) -> None:
         if not scales.numel():
             return
         room = triton.next_power_of_2(self._room_for(block_size))
         launch = self._decode[(scales.numel(),)]
-        launch(scales, codes, out, out.numel(), block_size, add=add, room=room, **self._decode_options)
+        with torch.cuda.device_of(out):
+            launch(scales, codes, out, out.numel(), block_size, add=add, room=room, **self._decode_options)
 
 
 def find(name: str, key: int | None) -> _Kernels | None:
