@@ -144,11 +144,11 @@ def test_a_run_names_its_corpora_and_changes_weights_by_tokens(config: dict[str,
     shown = CliRunner().invoke(app, ["order", str(tmp_path / "run.json"), "--to", "48"])
     assert shown.exit_code == 0, shown.output
     rows = [line.split("\t") for line in shown.output.splitlines()[1:]]
-    names = [row[3] for row in rows]
+    names = [row[4] for row in rows]
     # 320 tokens are 40 windows of 8: there nine tenths are of the web, after it a half.
     assert names[:40].count("web") == 36
     assert names[40:].count("web") == 4
-    assert len({row[2] for row in rows if row[3] == "web"}) == 40  # 40 windows, none of them twice
+    assert len({row[3] for row in rows if row[4] == "web"}) == 40  # 40 windows, none of them twice
     long = {**config, "train": {**config["train"], "steps": 40}}
     (tmp_path / "run.json").write_text(json.dumps(long))
     refused = CliRunner().invoke(app, ["order", str(tmp_path / "run.json")])
